@@ -1,0 +1,36 @@
+"""Learned, globally calibrated KV-cache eviction for JAX (arXiv 2605.09649).
+
+import retention_jax as rj
+model = rj.load(hf_folder, gates=gate_folder, dtype="bfloat16")
+cache = rj.CacheConfig(budget=512, recent=128, policy="retention", prefill_chunk=1024)
+out = rj.generate(model, prompts, cache, max_new_tokens=256)
+"""
+
+from retention_jax import losses, sharding
+from retention_jax.cache import Buffer
+from retention_jax.config import CacheConfig, GateConfig, LossConfig, TrainConfig
+from retention_jax.decoding import Output, decode, generate, prefill, score_stream
+from retention_jax.model_config import ModelConfig
+from retention_jax.models.decoder import Decoder
+from retention_jax.models.gate_files import save_gates
+from retention_jax.models.weights import load, save_backbone
+
+__all__ = [
+    "Buffer",
+    "CacheConfig",
+    "Decoder",
+    "GateConfig",
+    "LossConfig",
+    "ModelConfig",
+    "Output",
+    "TrainConfig",
+    "decode",
+    "generate",
+    "load",
+    "losses",
+    "prefill",
+    "save_backbone",
+    "save_gates",
+    "score_stream",
+    "sharding",
+]

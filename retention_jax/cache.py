@@ -1,0 +1,320 @@
+"""The global key/value buffer: the only place that enforces the budget.
+
+    pool     for each sequence one flat array of L*K*M slots; head (l, h) owns slots offset[lh] : offset[lh + 1],
+             lh = l*K + h, in order of position. Layers and heads own as many slots as the ranking gives them.
+    recent   a dense window: every head gets every new token.
+
+`evict` merges a window into the pool: it scores every live entry of a sequence, keeps the best L*K*M over all layers
+and heads together, and packs them. Between two evictions the pool never changes, so reads are contiguous. All shapes
+are static; memory is L*K*(M + R) slots at any context length.
+
+Ties: the newer token stays; for the same token, the lower (l, h).
+
+A layer with a sliding window never again sees an entry that has fallen out of it. Attention masks such an entry by its
+position; the next eviction drops it before anything is ranked, whatever protects it, so that layers which see further
+get its slot.
+
+On a mesh, devices share the sequences out, and those that have the same sequences share their pool: n slot shards of
+L*K*M / n slots, each with an `offset` of its own. Windows are whole on all of them. Attention over a shard's slots is a
+part of a softmax, and parts are merged; `_deal` tells how evictions stay exact. Every function below runs on each
+device as if the shard were all, but for what `slot_shards` says.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from retention_jax import policies, sharding
+from retention_jax.config import CacheConfig
+from retention_jax.kernels import ops, slot_shards
+from retention_jax.kernels.partial_softmax import Partial
+from retention_jax.model_config import ModelConfig
+
+jax.tree_util.register_static(CacheConfig)
+
+
+class Windows(tuple[int, ...]):
+    """Tokens that each layer sees, the newest included. Static."""
+
+
+jax.tree_util.register_static(Windows)
+
+
+class Entries(NamedTuple):
+    """Cached tokens: `axes` is [B, slots] in the pool and [B, L, K, tokens] in a window. Unused slots have pos -1."""
+
+    k: Float[Array, "*axes H"]
+    v: Float[Array, "*axes H"]
+    log_beta: Float[Array, "*axes"]
+    pos: Int[Array, "*axes"]
+
+
+class Buffer(NamedTuple):
+    """What is remembered of B sequences."""
+
+    pool: Entries
+    offset: Int[Array, "B shards_of_heads_and_1"]
+    recent: Entries
+    recent_len: Int[Array, " B"]  # live tokens in `recent`; always the newest ones of the sequence
+    seen: Int[Array, " B"]  # tokens processed so far
+    windows: Windows | None  # static; None where all layers see everything
+    config: CacheConfig  # static
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots, used or not: L*K*(M + R) times the size of a key, a value, log_beta and pos.
+
+        On a mesh, beside this, every slot shard but one has a copy of the recent windows.
+        """
+        return sum(a.nbytes for a in (*self.pool, *self.recent))
+
+    @property
+    def shards(self) -> int:
+        """Into how many slot shards the pool is cut."""
+        L, K = self.recent.pos.shape[1:3]
+        return self.offset.shape[1] // (L * K + 1)
+
+    @property
+    def live(self) -> Int[Array, " B"]:
+        """Live entries of each row, pool and recent window together."""
+        L, K = self.recent.pos.shape[1:3]
+        in_pool = self.offset[:, L * K :: L * K + 1].sum(axis=1, dtype=jnp.int32)
+        return in_pool + L * K * self.recent_len
+
+    def positions(self, row: int) -> list[list[np.ndarray]]:
+        """Kept positions of one row: a list over layers of a list over key/value heads of sorted integers."""
+        L, K = self.recent.pos.shape[1:3]
+        arrays = (self.offset, self.pool.pos, self.recent.pos, self.recent_len)
+        offset, pool, recent, recent_len = (sharding.on_host(a)[row] for a in arrays)
+        shards = list(zip(offset.reshape(self.shards, -1), pool.reshape(self.shards, -1), strict=True))
+        of_head = lambda i: [pos[begin[i] : begin[i + 1]] for begin, pos in shards] + [recent[0, 0, :recent_len]]
+        kept = [np.sort(np.concatenate(of_head(i))) for i in range(L * K)]
+        return [kept[l * K : (l + 1) * K] for l in range(L)]
+
+
+def empty(model: ModelConfig, cache: CacheConfig, batch: int) -> Buffer:
+    """A buffer that has seen nothing, laid out on the ambient mesh if there is one.
+
+    Raises:
+      ValueError: where the mesh does not divide the batch or the pool.
+    """
+    slots = model.num_layers * model.num_kv_heads * cache.budget
+    row_parts, slot_parts = sharding.shards(*sharding.ROWS), sharding.shards(*sharding.SLOTS)
+    problems = []
+    if batch % row_parts:
+        problems.append(f"the batch must be a multiple of mesh data * fsdp = {row_parts}, got {batch}")
+    if slots % slot_parts:
+        problems.append(
+            f"layers * key/value heads * budget must be a multiple of mesh context * tensor = {slot_parts}, got "
+            f"{model.num_layers} * {model.num_kv_heads} * {cache.budget} = {slots}"
+        )
+    if problems:
+        raise ValueError("buffer: " + "; ".join(problems))
+    return _empty(model, cache, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(model: ModelConfig, cache: CacheConfig, batch: int) -> Buffer:
+    """Compiled, so that no device ever holds more than its parts."""
+    L, K, H = model.num_layers, model.num_kv_heads, model.head_size
+
+    def entries(*axes: int) -> Entries:
+        zeros = lambda: jnp.zeros((*axes, H), model.dtype)  # k and v must not be one buffer: both are donated
+        return Entries(zeros(), zeros(), jnp.zeros(axes, jnp.float32), jnp.full(axes, -1, jnp.int32))
+
+    buffer = Buffer(
+        pool=entries(batch, L * K * cache.budget),
+        offset=jnp.zeros((batch, sharding.shards(*sharding.SLOTS) * (L * K + 1)), jnp.int32),
+        recent=entries(batch, L, K, cache.recent),
+        recent_len=jnp.zeros(batch, jnp.int32),
+        seen=jnp.zeros(batch, jnp.int32),
+        windows=None if model.windows is None else Windows(model.windows),
+        config=cache,
+    )
+    return _on_every_device(lambda buffer: buffer, buffer)
+
+
+def layout(buffer: Buffer) -> Buffer:
+    """The rows of the table that a buffer's parts are laid out by.
+
+    Raises:
+      ValueError: if the ambient mesh has another number of slot shards than the buffer was made for.
+    """
+    if buffer.shards != (shards := sharding.shards(*sharding.SLOTS)):
+        raise ValueError(f"the buffer was made for {buffer.shards} slot shards, but the mesh has {shards}")
+    pool, window = sharding.POOL, sharding.WINDOW
+    return buffer._replace(pool=pool, offset=pool, recent=window, recent_len=window, seen=window)
+
+
+def _on_every_device(function: Callable[..., Buffer], buffer: Buffer, *by_row: Entries | Array) -> Buffer:
+    """`function(buffer, *by_row)` over the ambient mesh: every device gets its rows, and its shard of their pools."""
+    parts = layout(buffer)
+    return sharding.mapped(function, (parts, *(sharding.WINDOW for _ in by_row)), parts)(buffer, *by_row)
+
+
+def attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""]) -> Partial:
+    """Attention of new tokens over all that one layer holds."""
+    parts = (layout(buffer), sharding.WINDOW, sharding.P())
+    return sharding.mapped(_attend, parts, sharding.WINDOW)(buffer, q, layer)
+
+
+def _attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""]) -> Partial:
+    """The shards share the recent window's tokens out, so that all have the same to read."""
+    L, K, R = buffer.recent.pos.shape[1:]
+    here = -(-R // slot_shards.count())
+    first = slot_shards.index() * here
+
+    def part(recent: Float[Array, "B L K R H"]) -> Float[Array, "B K part H"]:
+        of_layer = jax.lax.dynamic_index_in_dim(recent, layer, axis=1, keepdims=False)
+        padded = jnp.pad(of_layer, ((0, 0), (0, 0), (0, here * slot_shards.count() - R), (0, 0)))
+        return jax.lax.dynamic_slice_in_dim(padded, first, here, axis=2)
+
+    window = None
+    if buffer.windows is not None:
+        window = ops.Window(jnp.asarray(buffer.windows, jnp.int32)[layer], buffer.seen, buffer.pool.pos)
+    return slot_shards.merge(
+        ops.buffer_attention(
+            q,
+            pool_k=buffer.pool.k,
+            pool_v=buffer.pool.v,
+            offset=jax.lax.dynamic_slice_in_dim(buffer.offset, layer * K, K + 1, axis=1),
+            recent_k=part(buffer.recent.k),
+            recent_v=part(buffer.recent.v),
+            recent_len=buffer.recent_len - first,
+            window=window,
+            layers=L,
+        )
+    )
+
+
+def append(buffer: Buffer, new: Entries, active: Bool[Array, " B"]) -> Buffer:
+    """Writes one new token per row, [B, L, K, 1, ...], behind the recent window of the active rows."""
+    return _on_every_device(_append, buffer, new, active)
+
+
+def _append(buffer: Buffer, new: Entries, active: Bool[Array, " B"]) -> Buffer:
+    def write(old: Shaped[Array, "B L K R *H"], one: Shaped[Array, "B L K 1 *H"]) -> Shaped[Array, "B L K R *H"]:
+        # An inactive row writes behind its live tokens, where nothing is read.
+        return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice_in_dim(o, n, at, axis=2))(
+            old, one, buffer.recent_len
+        )
+
+    step = active.astype(jnp.int32)
+    return buffer._replace(
+        recent=Entries(*(write(old, one) for old, one in zip(buffer.recent, new, strict=True))),
+        recent_len=buffer.recent_len + step,
+        seen=buffer.seen + step,
+    )
+
+
+def take_in(buffer: Buffer, new: Entries, valid: Bool[Array, "B C"]) -> Buffer:
+    """Merges a chunk of new tokens, [B, L, K, C, ...], and the recent window before it into the pool.
+
+    Padding (not `valid`, at the end of a row) never enters; a row without a valid token stays as it is.
+    """
+    return _on_every_device(_take_in, buffer, new, valid)
+
+
+def _take_in(buffer: Buffer, new: Entries, valid: Bool[Array, "B C"]) -> Buffer:
+    recent_live = jnp.arange(buffer.config.recent)[None] < buffer.recent_len[:, None]
+    window = Entries(*(jnp.concatenate(pair, axis=3) for pair in zip(buffer.recent, new, strict=True)))
+    buffer = buffer._replace(seen=buffer.seen + valid.sum(axis=1, dtype=jnp.int32))
+    return _merge(buffer, window, jnp.concatenate([recent_live, valid], axis=1), rows=valid.any(axis=1))
+
+
+def evict_full(buffer: Buffer) -> Buffer:
+    """Merges the recent window into the pool in the rows where it is full; the other rows stay as they are."""
+    return _on_every_device(_evict_full, buffer)
+
+
+def _evict_full(buffer: Buffer) -> Buffer:
+    full = buffer.recent_len == buffer.config.recent
+    live = jnp.broadcast_to(full[:, None], (full.shape[0], buffer.config.recent))
+    return _merge(buffer, buffer.recent, live, rows=full)
+
+
+def _merge(buffer: Buffer, window: Entries, window_live: Bool[Array, "B W"], rows: Bool[Array, " B"]) -> Buffer:
+    """Scores the pool and the live part of a window, keeps the best, and packs them, in the rows named."""
+    cfg = buffer.config
+    B, L, K, W = window.pos.shape
+    heads, slots = L * K, buffer.pool.pos.shape[1]
+    flat = Entries(*(a.reshape(B, heads * W, *a.shape[4:]) for a in window))
+
+    pool_head, pool_live = ops.slot_heads(buffer.offset, slots)
+    joined = lambda pool, other: jnp.concatenate([pool, jnp.broadcast_to(other, (B, heads * W))], axis=1)
+    head = joined(pool_head, jnp.repeat(jnp.arange(heads, dtype=jnp.int32), W)[None])
+    live = joined(pool_live, jnp.tile(window_live & rows[:, None], (1, heads)))
+    pos = joined(buffer.pool.pos, flat.pos)
+    score = policies.score(cfg, joined(buffer.pool.log_beta, flat.log_beta), pos, head, buffer.seen)
+
+    useful = live
+    if buffer.windows is not None:
+        sees = jnp.repeat(jnp.asarray(buffer.windows, jnp.int32), K)[head]
+        useful = live & (buffer.seen[:, None] - pos < sees)  # the next token, at position `seen`, still sees it
+    keep = live & (choose(cfg, score, pos, head, useful, buffer.seen, heads, shared=heads * W) | ~rows[:, None])
+    keep = jnp.concatenate([keep[:, :slots], _deal(keep[:, :slots], keep[:, slots:])], axis=1)
+    order, offset = ops.pack_order(keep, head, buffer.offset, W)
+    # One array after the other, so that only one copy of a pool-sized array exists beside the result.
+    packed = Entries(*(ops.pack_rows(pool, other, order) for pool, other in zip(buffer.pool, flat, strict=True)))
+    used = jnp.arange(slots, dtype=jnp.int32)[None] < offset[:, -1:]
+    return buffer._replace(
+        pool=packed._replace(pos=jnp.where(used, packed.pos, -1)),
+        offset=offset,
+        recent_len=jnp.where(rows, 0, buffer.recent_len),
+    )
+
+
+def choose(
+    cfg: CacheConfig,
+    score: Float[Array, "B E"],
+    pos: Int[Array, "B E"],
+    head: Int[Array, "B E"],
+    live: Bool[Array, "B E"],
+    seen: Int[Array, " B"],
+    heads: int,
+    *,
+    shared: int,
+) -> Bool[Array, "B E"]:
+    """Which entries survive: protected ones, each head's reserve, then the best of the rest up to the budget.
+
+    `shared` as in `ops.select_top`.
+    """
+    select_top = functools.partial(ops.select_top, shared=shared)
+    protected = live & ((pos < cfg.protect_first) | (pos >= seen[:, None] - cfg.protect_last))
+    score = jnp.where(protected, jnp.inf, score)
+    if cfg.min_per_head:
+        reserved = select_top(score, pos, head, live, capacity=cfg.min_per_head, groups=heads)
+        score = jnp.where(reserved, jnp.inf, score)
+    if cfg.threshold is not None:
+        live = live & (score >= np.log(np.float32(cfg.threshold)))
+    if cfg.local:
+        return select_top(score, pos, head, live, capacity=cfg.budget, groups=heads)
+    return select_top(score, pos, head, live, capacity=cfg.budget * heads, groups=1)
+
+
+def _deal(in_pool: Bool[Array, "B S"], in_window: Bool[Array, "B heads_window"]) -> Bool[Array, "B heads_window"]:
+    """Which of the window's survivors this shard takes in.
+
+    A shard has a fixed number of slots, and scores may favour the entries of a single shard; still none ever overflows,
+    and no key or value ever moves from one to another. What survives in the pool stays where it is. Windows are whole
+    on every shard, and so is the knowledge which of their entries survive, since all shards found one threshold. These
+    are dealt out by free slots, one number that each shard tells the others: the shards with the most free slots take
+    turns until they have as few as the next one, which then joins in. As survivors never outnumber the slots of all
+    shards, there is a free slot for each. Shards that are equally full take the tokens of every head in turns.
+    """
+    if slot_shards.count() == 1:
+        return in_window
+    room = slot_shards.of_each(in_pool.shape[1] - in_pool.sum(axis=1, dtype=jnp.int32))
+    order = jnp.argsort(room, axis=1, descending=True)  # stable
+    falling = jnp.take_along_axis(room, order, axis=1)
+    # How many are dealt before shard i of the order joins: until then, those before it came down to its free slots.
+    joins = jnp.cumsum(falling, axis=1) - jnp.arange(1, room.shape[1] + 1, dtype=jnp.int32)[None] * falling
+    number = jnp.maximum(jnp.cumsum(in_window, axis=1, dtype=jnp.int32) - 1, 0)
+    players = (joins[:, None] <= number[:, :, None]).sum(axis=2, dtype=jnp.int32)
+    turn = (number - jnp.take_along_axis(joins, players - 1, axis=1)) % players
+    return in_window & (turn == jnp.argmax(order == slot_shards.index(), axis=1, keepdims=True).astype(jnp.int32))

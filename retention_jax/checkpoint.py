@@ -1,0 +1,196 @@
+"""Checkpoints of a training run: what is trained, the optimiser, the step and the data position. Orbax, asynchronous.
+
+A checkpoint is written beside its final name and renamed when it is complete, so a crash never leaves half of one.
+"""
+
+import json
+import pathlib
+import secrets
+import shutil
+import time
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import nnx
+from jaxtyping import Array, Int
+
+from retention_jax import config_io, distributed, files
+from retention_jax.config import TrainConfig
+
+
+class TrainState(NamedTuple):
+    """What a training step changes."""
+
+    params: nnx.State  # gates, or the whole backbone
+    opt_state: Any  # Optax
+    step: Int[Array, ""]  # steps done
+
+
+def open_manager(workdir: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
+    """The manager of `workdir/checkpoints`, which keeps the newest `keep`."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
+    )
+    handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options, item_handlers=handlers)
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, data_state: dict[str, Any]) -> None:
+    """Starts writing a checkpoint of the current step; returns as soon as the arrays are copied."""
+    manager.save(
+        int(state.step),
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(data_state)),
+    )
+
+
+def restore_latest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest checkpoint that can be read, laid out like `like` on whatever mesh that is; None when there is none.
+
+    Newer ones that are damaged are named in a warning and set aside as `STEP.damaged`, so that their steps can be saved
+    again. All processes restore the same one: what one of them cannot read is damaged for all.
+
+    Raises:
+      ValueError: when every checkpoint is damaged, or the newest that can be read is of another model.
+    """
+    steps = json.loads(distributed.gather(json.dumps(sorted(manager.all_steps(), reverse=True)))[0])
+    damaged: dict[pathlib.Path, str] = {}
+    for step in steps:
+        where = pathlib.Path(manager.directory) / str(step)
+        restored, problem = _restore(where, like)
+        problem = next((p for p in distributed.gather(problem) if p), "")
+        if restored is not None and not problem:
+            for path, reason in damaged.items():
+                if jax.process_index() == 0:
+                    logging.warning("%s: damaged, going on from %s instead: %s", path, where.name, reason)
+                    _set_aside(path)
+            distributed.gather("")  # the others go on when it is done
+            manager.reload()
+            return restored
+        damaged[where] = problem
+    if damaged:
+        raise ValueError("; ".join(f"{path}: damaged: {reason}" for path, reason in damaged.items()))
+    return None
+
+
+def _set_aside(path: pathlib.Path) -> None:
+    aside = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def _restore(where: pathlib.Path, like: TrainState) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
+    """A checkpoint and "", or None and why this process cannot read it. Waits for no other process.
+
+    Raises:
+      ValueError: when it is of another model.
+    """
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process{jax.process_index()}",
+    )
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        try:
+            saved = _shapes_of_saved(handler, where / "state")
+        except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds for a damaged file
+            return None, _said(error)
+        # Before any array is read: Orbax names one array that does not fit, and leaves its other reads running.
+        ours = {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(like.params)}
+        if differing := [n for n in sorted(saved.keys() | ours.keys()) if saved.get(n) != ours.get(n)]:
+            told = (f"{n} has shape {saved.get(n, 'none')}, needed {ours.get(n, 'none')}" for n in differing)
+            raise ValueError(f"{where}: a checkpoint of another model: " + "; ".join(told))
+        try:
+            state = checkpointer.restore(where / "state", args=ocp.args.StandardRestore(target))
+            return (TrainState(**state), json.loads((where / "data" / "metadata").read_text())), ""
+        except Exception as error:
+            return None, _said(error)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _shapes_of_saved(handler: ocp.StandardCheckpointHandler, where: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every trained variable in a checkpoint, by path."""
+    params = handler.metadata(where).tree["params"]  # pyright: ignore[reportArgumentType]  # any path will do
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: hasattr(node, "shape"))
+    # Orbax keeps a variable's array under a last key of its own.
+    return {"/".join(str(key.key) for key in path[:-1]): tuple(leaf.shape) for path, leaf in leaves}
+
+
+# Seconds in which a file that one process wrote must be seen by the others: network file systems remember for a while
+# what was not there.
+_SEEN_WITHIN = 10.0
+
+
+def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
+    """Writes the configuration into a new workdir, or checks that an old one belongs to the same.
+
+    Raises:
+      ValueError: when processes were started with different configurations, when they do not share the workdir, and
+        when it was made with another configuration; every field that differs is listed.
+    """
+    ours = json.loads(json.dumps(config_io.to_dict(config)))
+    agree_on(ours)
+    _share(workdir)
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from error
+        if differing := _differing(theirs, ours):
+            raise ValueError(
+                f"{workdir} belongs to another configuration; give another --workdir, or go back to: "
+                + ", ".join(f"{name}={before!r} (now {now!r})" for name, before, now in differing)
+            )
+    elif jax.process_index() == 0:
+        files.write_atomically(path, lambda p: p.write_text(json.dumps(ours, indent=2)))
+
+
+def agree_on(values: dict[str, Any]) -> None:
+    """Raises ValueError, on every process alike, where processes have different values; says which, and whose."""
+    first, *others = map(json.loads, distributed.gather(json.dumps(values)))
+    problems = [
+        f"{name} is {mine!r} in process 0 and {other!r} in process {i}"
+        for i, theirs in enumerate(others, start=1)
+        for name, mine, other in _differing(first, theirs)
+    ]
+    if problems:
+        raise ValueError("processes were started with different configurations: " + "; ".join(problems))
+
+
+def _share(workdir: pathlib.Path) -> None:
+    """Raises ValueError, on every process alike, where some do not see what process 0 writes into the workdir."""
+    token = workdir / f".shared-{distributed.gather(secrets.token_hex(8))[0]}"
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    distributed.gather("")
+    until = time.monotonic() + _SEEN_WITHIN
+    while not (seen := token.exists()) and time.monotonic() < until:
+        time.sleep(0.2)
+    answers = distributed.gather("" if seen else str(workdir.absolute()))
+    if jax.process_index() == 0:
+        token.unlink()
+    if blind := {i: where for i, where in enumerate(answers) if where}:
+        raise ValueError(
+            "--workdir must be one folder that all processes share; what process 0 wrote is not in "
+            + ", ".join(f"{where} of process {i}" for i, where in blind.items())
+        )
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    a, b = _flat(before), _flat(now)
+    return [(name, a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,270 @@
+"""Rows of data files as conversations, or as plain text.
+
+A source is a file, a glob of files, or `hf://datasets/ORG/NAME/FILE` (also a glob, NAME@REVISION pins it):
+
+    *.jsonl    an object a line          *.json    a list of objects, or an object a line          *.parquet
+
+What a file holds is recognised from its columns, `LAYOUTS`. Other columns are not read.
+"""
+
+import glob
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
+
+from retention_jax.chat import Message
+
+_MOST_PROBLEMS = 10  # told at once
+
+# ShareGPT's and others' names for who speaks. What is not listed here is a mistake in the data.
+_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+_ROLES |= {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "function": "tool"}
+
+
+class Sample(NamedTuple):
+    """One row. Empty content is a row whose fields are there and have nothing in them."""
+
+    where: str  # "FILE, line 7", for messages
+    content: list[Message] | str  # a conversation, or text
+
+
+class Layout(NamedTuple):
+    columns: tuple[str, ...]
+    read: Callable[..., list[Message] | str]  # of the columns' values; raises ValueError
+
+
+def files_of(source: str) -> list[pathlib.Path]:
+    """The files of one source, sorted by name; those of the hub are downloaded once.
+
+    Raises:
+      ValueError: when there are none, one has an unknown ending, or the download fails.
+    """
+    pattern = _download(source) if source.startswith("hf://") else pathlib.Path(source).expanduser()
+    found = [pattern] if pattern.is_file() else sorted(map(pathlib.Path, glob.glob(str(pattern), recursive=True)))
+    found = [path for path in found if path.is_file()]
+    if not found:
+        hint = f"; it is a folder, {source}/* would be its files" if pattern.is_dir() else ""
+        raise ValueError(f"DataConfig.files: {source!r} names no file{hint}")
+    if unknown := [str(path) for path in found if path.suffix not in _READERS]:
+        raise ValueError(f"DataConfig.files: {unknown[0]!r} must end in one of {', '.join(_READERS)}")
+    return found
+
+
+def _download(source: str) -> pathlib.Path:
+    match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", source)
+    if match is None:
+        raise ValueError(f"DataConfig.files: {source!r} must be hf://datasets/ORG/NAME/FILE")
+    repository, revision, inside = match.groups()
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository, repo_type="dataset", revision=revision, allow_patterns=[inside]
+        )
+    except Exception as error:  # of the hub's own, of HTTP and of the file system
+        raise ValueError(f"DataConfig.files: {source!r} cannot be downloaded: {error}") from error
+    return pathlib.Path(folder, inside)
+
+
+def read(paths: Sequence[pathlib.Path]) -> Iterator[Sample]:
+    """The rows of the files, in order.
+
+    Raises:
+      ValueError: when rows are no JSON, fit no layout or another than their file's first, or a file has none: the first
+        ten problems at once, by file and line or row. Nothing comes after the first problem.
+    """
+    problems: list[str] = []
+    for path in paths:
+        layout, rows = None, 0
+        for place, row in _READERS[path.suffix](path):
+            rows += 1
+            try:
+                layout = layout or _layout(row)
+                content = _content(layout, row)
+            except ValueError as error:
+                problems.append(f"{path}, {place}: {error}")
+                if layout is None and not isinstance(row, ValueError):
+                    break  # the other rows are alike
+                if len(problems) == _MOST_PROBLEMS:
+                    raise ValueError("\n".join([*problems, "and perhaps more"])) from None
+                continue
+            if not problems:
+                yield Sample(f"{path}, {place}", content)
+        if not rows:
+            problems.append(f"{path}: has no rows")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+# Layouts
+
+
+def _text(value: Any) -> str:
+    """ "" where there is none, or blanks alone."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"must be text, got {_shown(value)}")
+    return value if value and value.strip() else ""
+
+
+def _exchange(prompt: Any, answer: Any) -> list[Message]:
+    """One question and its answer; empty when one of them is."""
+    prompt, answer = _text(prompt), _text(answer)
+    return [_user(prompt), _assistant(answer)] if prompt and answer else []
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _messages(turns: Any) -> list[Message]:
+    return [_message(turn) for turn in _list(turns)]
+
+
+def _message(turn: Any) -> Message:
+    """role and content, or ShareGPT's from and value; other fields, such as thinking and tool calls, stay."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"a message must be an object, got {_shown(turn)}")
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if role not in _ROLES:
+        raise ValueError(f"a message's role must be one of {', '.join(_ROLES)}, got {_shown(role)}")
+    if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
+        raise ValueError(f"a message's content must be text, got {_shown(content)}")
+    named = ("role", "from", "content", "value")
+    others = {name: value for name, value in turn.items() if name not in named and value is not None}
+    return {"role": _ROLES[role], "content": content or "", **others}
+
+
+def _turns(texts: Any) -> list[Message]:
+    """User and assistant in turn."""
+    return [(_user, _assistant)[i % 2](_text(text)) for i, text in enumerate(_list(texts))]
+
+
+def _instruction(instruction: Any, given: Any, output: Any) -> list[Message]:
+    return _exchange("\n\n".join(filter(None, (_text(instruction), _text(given)))), output)
+
+
+def _about(context: Any, question: Any, answer: Any) -> list[Message]:
+    context, question = _text(context), _text(question)
+    return _exchange(f"{context}\n\n{question}" if context and question else "", answer)
+
+
+def _summary(text: Any, summary: Any) -> list[Message]:
+    """A summary is text, or a list of several, each text or an object with it; the first counts."""
+    if isinstance(summary, list):
+        summary = next(iter(summary), None)
+        summary = summary.get("text") if isinstance(summary, dict) else summary
+    return _exchange(_text(text) and f"Summarize the following text.\n\n{text}", summary)
+
+
+def _first(problem: Any, generations: Any) -> list[Message]:
+    return _exchange(problem, next(iter(_list(generations)), None))
+
+
+def _list(value: Any) -> list[Any]:
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"must be a list, got {_shown(value)}")
+    return value or []
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# A file has the first layout whose columns it has. Well-known data sets of each:
+LAYOUTS = (
+    Layout(("messages",), _messages),  # OpenR1-Math-220k, ultrachat_200k, OpenAI's fine-tuning files
+    Layout(("conversations",), _messages),  # ShareGPT, Synth-Long-SFT32K
+    Layout(("data",), _turns),  # UltraChat
+    Layout(("extended_context", "question", "answer"), _about),  # Buddhi
+    Layout(("question", "answer"), _exchange),  # GSM8K
+    Layout(("problem", "generations"), _first),  # OpenR1-Math without messages
+    Layout(("problem", "solution"), _exchange),  # MATH
+    Layout(("prompt", "response"), _exchange),
+    Layout(("instruction", "input", "output"), _instruction),  # Alpaca
+    Layout(("instruction", "output"), _exchange),  # LongAlpaca
+    Layout(("text", "summary"), _summary),  # BookSum
+    Layout(("text",), _text),
+)
+
+
+def _fitting(columns: Iterable[str]) -> Layout | None:
+    return next((layout for layout in LAYOUTS if set(layout.columns) <= set(columns)), None)
+
+
+def _layout(row: Any) -> Layout:
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError(f"must be an object, got {_shown(row)}")
+    if (layout := _fitting(row)) is None:
+        known = "; ".join(" + ".join(layout.columns) for layout in LAYOUTS)
+        raise ValueError(f"has {', '.join(row) or 'no columns'}; needed is one of: {known}")
+    return layout
+
+
+def _content(layout: Layout, row: Any) -> list[Message] | str:
+    if isinstance(row, ValueError):
+        raise row
+    if missing := [name for name in layout.columns if not isinstance(row, dict) or name not in row]:
+        raise ValueError(f"lacks {', '.join(missing)}, which the file's first row has")
+    try:
+        return layout.read(*(row[name] for name in layout.columns))
+    except ValueError as error:
+        raise ValueError(f"{', '.join(layout.columns)}: {error}") from None
+
+
+# Files: the place and value of every row, or a ValueError in its place.
+
+
+def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"line {number}", _parsed(line)
+
+
+def _json(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        is_list = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    if not is_list:
+        yield from _json_lines(path)
+        return
+    rows = _parsed(path.read_bytes())
+    if isinstance(rows, ValueError):
+        yield "list", rows
+    else:
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        return ValueError(f"not valid JSON: {error.msg} at {at}")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not valid JSON: {error}")
+
+
+def _parquet(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    done = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            layout = _fitting(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=256, columns=None if layout is None else list(layout.columns)):
+                yield from ((f"row {number}", row) for number, row in enumerate(batch.to_pylist(), done + 1))
+                done += len(batch)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield f"after row {done}", ValueError(f"not valid Parquet: {error}")
+
+
+_READERS = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}

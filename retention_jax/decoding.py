@@ -1,0 +1,352 @@
+"""From tokens to an evicted cache: prefill, decode, generation, and streaming scores.
+
+Everything here is: extend the model by some tokens, then let the cache take the new entries in.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from retention_jax import cache as cache_lib
+from retention_jax import sampling, sharding
+from retention_jax.cache import Buffer
+from retention_jax.config import AnyArray, CacheConfig
+from retention_jax.models import decoder
+from retention_jax.models.decoder import Decoder
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_its_mesh(function: Callable[Concatenate[Decoder, P], R]) -> Callable[Concatenate[Decoder, P], R]:
+    """Runs a function of a model on the mesh that the model's weights are laid out on."""
+
+    @functools.wraps(function)
+    def run(model: Decoder, *args: P.args, **kwargs: P.kwargs) -> R:
+        with sharding.enter_mesh_of(model):
+            return function(model, *args, **kwargs)
+
+    return run
+
+
+def read_chunk(
+    model: Decoder,
+    tokens: Int[Array, "B C"],
+    valid: Bool[Array, "B C"],
+    buffer: Buffer,
+    length: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B C D"], Buffer]:
+    """Attends to buffer and chunk, runs all layers, merges the chunk into the pool. Returns final hidden states.
+
+    `length`: tokens of each row once its whole prompt is read, as `decoder.extend` has it.
+    """
+    hidden, new = decoder.extend(model, tokens, valid, buffer, length)
+    return hidden, cache_lib.take_in(buffer, new, valid)
+
+
+def decode_step(
+    model: Decoder, tokens: Int[Array, " B"], active: Bool[Array, " B"], buffer: Buffer
+) -> tuple[Float[Array, "B V"], Buffer]:
+    """Reads one token a row into the recent window, without evicting. An inactive row takes nothing in."""
+    hidden, new = decoder.extend(model, tokens[:, None], active[:, None], buffer)
+    return decoder.unembed(model, hidden[:, 0]), cache_lib.append(buffer, new, active)
+
+
+@functools.partial(jax.jit, donate_argnames=("buffer", "last"))
+def _prefill_chunk(model, tokens, valid, buffer, last, length):
+    hidden, buffer = read_chunk(model, tokens, valid, buffer, length)
+    end = jnp.maximum(valid.sum(axis=1) - 1, 0)
+    newest = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
+    return jnp.where(valid.any(axis=1)[:, None], newest, last), buffer
+
+
+@_on_its_mesh
+def prefill(
+    model: Decoder,
+    tokens: Int[AnyArray, "B T"],
+    cache: CacheConfig,
+    *,
+    lengths: Sequence[int] | None = None,
+    buffer: Buffer | None = None,
+) -> tuple[Float[Array, "B V"], Buffer]:
+    """Reads prompts and returns the logits after each one's last token.
+
+    Args:
+      model: the decoder.
+      tokens: prompts, each row's real tokens first.
+      cache: what to keep.
+      lengths: real tokens in each row; all T by default. A row of length 0 needs a `buffer` and reads nothing: its
+        logits mean nothing.
+      buffer: an earlier turn's buffer, which the prompts continue; it is donated.
+
+    Raises:
+      ValueError: on empty prompts, lengths outside [0, T], a buffer of another batch size or configuration, or a batch
+        or budget that does not fit the mesh the model is on.
+    """
+    B, T = tokens.shape
+    count = np.full(B, T) if lengths is None else np.asarray(lengths)
+    least = 1 if buffer is None else 0
+    if T < 1 or count.shape != (B,) or count.min() < least or count.max() > T:
+        raise ValueError(f"lengths must be {B} numbers from {least} to T={T}, T at least 1; got {count.tolist()}")
+    held = cache_lib.empty(model.config, cache, B) if buffer is None else buffer
+    if held.config != cache or held.seen.shape != (B,):
+        raise ValueError(
+            f"the buffer to continue must have the batch size and configuration of this call, {B} and {cache}; "
+            f"got {held.seen.shape[0]} and {held.config}"
+        )
+    chunk = min(cache.prefill_chunk or T, T)
+    # Every chunk has one shape, so that one compiled program reads a prompt of any length.
+    padded = np.zeros((B, -(-T // chunk) * chunk), np.int32)
+    padded[:, :T] = np.asarray(tokens)
+    last = jnp.zeros((B, model.config.width), model.config.dtype)
+    length = held.seen + jnp.asarray(count, jnp.int32)
+    for start in range(0, max(int(count.max()), 1), chunk):
+        valid = np.arange(start, start + chunk)[None] < count[:, None]
+        last, held = _prefill_chunk(model, padded[:, start : start + chunk], valid, held, last, length)
+    return _unembed(model, last), held
+
+
+_unembed = jax.jit(decoder.unembed)
+
+
+@_on_its_mesh
+@functools.partial(jax.jit, donate_argnames="buffer")
+def decode(model: Decoder, next_tokens: Int[AnyArray, " B"], buffer: Buffer) -> tuple[Float[Array, "B V"], Buffer]:
+    """Reads one token a row and returns the logits after it; evicts when the recent window is full.
+
+    The buffer is donated: go on with the returned one.
+    """
+    active = jnp.ones(next_tokens.shape, bool)
+    logits, buffer = decode_step(model, jnp.asarray(next_tokens), active, buffer)
+    return logits, _evict_if_full(buffer)
+
+
+def _evict_if_full(buffer: Buffer) -> Buffer:
+    """A loop of one turn or none: a conditional would copy the pool where nothing is evicted."""
+    with jax.named_scope("evict"):  # for profiles, and for the test that nothing else writes a pool
+        return jax.lax.while_loop(_is_full, cache_lib.evict_full, buffer)
+
+
+def _is_full(buffer: Buffer) -> Bool[Array, ""]:
+    return jnp.any(buffer.recent_len == buffer.config.recent)
+
+
+class Output(NamedTuple):
+    """What `generate` returns."""
+
+    tokens: list[list[int]]  # new tokens of each prompt, up to and including its stop token
+    # prompt_tokens, new_tokens, prefill_seconds, decode_seconds, tokens_per_second (decoding), live (entries),
+    # full_live, kv_bytes, full_kv_bytes; what is full is what a full cache would hold
+    stats: dict[str, float]
+    buffer: Buffer  # holds every token but each row's last
+
+
+@_on_its_mesh
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    cache: CacheConfig,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop_tokens: Sequence[int] = (),
+    row_ids: Sequence[int] | None = None,
+    buffer: Buffer | None = None,
+    on_tokens: Callable[[list[list[int]]], object] | None = None,
+) -> Output:
+    """Continues each prompt under the budget, in compiled runs of tokens; greedy at temperature 0, else sampled.
+
+    Args:
+      model: the decoder.
+      prompts: token ids.
+      cache: what to keep.
+      max_new_tokens: of each prompt.
+      temperature: divides the logits before a token is drawn.
+      seed: of the draws.
+      top_k, top_p, min_p: cut the distribution down, see `sampling.Sampling`.
+      stop_tokens: each ends a row.
+      row_ids: a number for each prompt, which its draws depend on; its index by default. With numbers of their own,
+        prompts get the same samples in whatever batch they are.
+      buffer: an earlier turn's buffer, which the prompts continue; it is donated. It lacks that turn's last tokens,
+        which the prompts must begin with.
+      on_tokens: called with every row's new tokens as they come, a few at a time; a true answer ends generation.
+
+    Raises:
+      ValueError: on no or empty prompts, token ids outside the vocabulary, settings out of their range (all listed),
+        and as `prefill` does.
+    """
+    row_ids = range(len(prompts)) if row_ids is None else row_ids
+    _check_prompts(model, prompts, row_ids, max_new_tokens)
+    drawing = sampling.settings(temperature, top_k, top_p, min_p)
+    lengths = [len(p) for p in prompts]
+    tokens = np.zeros((len(prompts), _bucket(max(lengths), cache.prefill_chunk)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    how = (
+        jax.random.key(seed),
+        jnp.asarray(row_ids, jnp.int32),
+        drawing,
+        jnp.asarray(stop_tokens, jnp.int32),
+        jnp.int32(max_new_tokens),
+    )
+    started = time.perf_counter()
+    logits, held = jax.block_until_ready(prefill(model, tokens, cache, lengths=lengths, buffer=buffer))
+    prefilled = time.perf_counter()
+    new, run = [[] for _ in prompts], _STREAMED if on_tokens else _AT_ONCE
+    newest, done = _first_token(logits, *how)
+    fresh, count, step = newest[:, None], jnp.ones(len(prompts), jnp.int32), jnp.int32(1)
+    while True:
+        pieces = [row[:n].tolist() for row, n in zip(*map(sharding.on_host, (fresh, count)), strict=True)]
+        for row, piece in zip(new, pieces, strict=True):
+            row += piece
+        if (on_tokens and on_tokens(pieces)) or sharding.on_host(done).all():
+            break
+        newest, done, fresh, count, step, held = _decode_run(model, newest, done, held, step, *how, run)
+    stats = _stats(model, lengths, new, held, prefilled - started, time.perf_counter() - prefilled)
+    return Output(new, stats, held)
+
+
+# Tokens of one compiled call, whatever the cache's window: between two calls of `on_tokens`, and without it.
+_STREAMED, _AT_ONCE = 8, 128
+
+
+def _check_prompts(
+    model: Decoder, prompts: Sequence[Sequence[int]], row_ids: Sequence[int], max_new_tokens: int
+) -> None:
+    V = model.config.vocab_size
+    problems = [f"prompt {i} is empty" for i, p in enumerate(prompts) if not len(p)]
+    problems += [
+        f"prompt {i} has token {bad[0]}, outside [0, {V})"
+        for i, p in enumerate(prompts)
+        if (bad := [t for t in p if not 0 <= t < V])
+    ]
+    problems += ["there must be at least one prompt"] * (not prompts)
+    problems += [f"row_ids must be {len(prompts)} numbers, got {len(row_ids)}"] * (len(row_ids) != len(prompts))
+    problems += [f"max_new_tokens must be at least 1, got {max_new_tokens}"] * (max_new_tokens < 1)
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _bucket(length: int, chunk: int | None) -> int:
+    """The width that prompts are padded to, at most a quarter more: few widths are few programs to compile."""
+    step = 2 ** max(length.bit_length() - 3, 4)
+    width = -(-length // step) * step
+    return width if chunk is None else min(width, -(-length // chunk) * chunk)
+
+
+def _stats(
+    model: Decoder, lengths: list[int], new: list[list[int]], buffer: Buffer, prefill_seconds: float, seconds: float
+) -> dict[str, float]:
+    cfg, count, seen = model.config, sum(map(len, new)), int(sharding.on_host(buffer.seen).sum())
+    heads = cfg.num_layers * cfg.num_kv_heads
+    return {
+        "prompt_tokens": float(sum(lengths)),
+        "new_tokens": float(count),
+        "prefill_seconds": prefill_seconds,
+        "decode_seconds": seconds,
+        "tokens_per_second": count / seconds,
+        "live": float(sharding.on_host(buffer.live).sum()),
+        "full_live": float(seen * heads),
+        "kv_bytes": float(buffer.nbytes),
+        "full_kv_bytes": float(seen * heads * cfg.head_size * 2 * jnp.dtype(cfg.dtype).itemsize),
+    }
+
+
+@jax.jit
+def _first_token(logits, key, row_ids, drawing, stop_tokens, max_new_tokens):
+    token = sampling.sample(logits, key, row_ids, jnp.int32(0), drawing)
+    return token, jnp.any(token[:, None] == stop_tokens[None], axis=1) | (max_new_tokens == 1)
+
+
+class _Run(NamedTuple):
+    newest: Int[Array, " B"]  # each row's last token, not yet in the buffer
+    done: Bool[Array, " B"]
+    buffer: Buffer
+    step: Int[Array, ""]  # tokens of a row that goes on
+    tokens: Int[Array, "B run"]
+    count: Int[Array, " B"]
+
+
+@functools.partial(jax.jit, static_argnames="run", donate_argnames="buffer")
+def _decode_run(model, newest, done, buffer, start, key, row_ids, drawing, stop_tokens, max_new_tokens, run):
+    """Up to `run` tokens a row. Between two evictions the pool is only read, so it is never copied."""
+
+    def one_token(s: _Run) -> _Run:
+        logits, buffer = decode_step(model, s.newest, ~s.done, s.buffer)
+        token = sampling.sample(logits, key, row_ids, s.step, drawing)
+        tokens = jax.lax.dynamic_update_index_in_dim(s.tokens, token, s.step - start, axis=1)
+        ends = jnp.any(token[:, None] == stop_tokens[None], axis=1) | (s.step + 1 == max_new_tokens)
+        newest = jnp.where(s.done, s.newest, token)
+        return _Run(newest, s.done | ends, buffer, s.step + 1, tokens, s.count + ~s.done)
+
+    def goes_on(s: _Run) -> Bool[Array, ""]:
+        return ~jnp.all(s.done) & (s.step - start < run)
+
+    def until_eviction(s: _Run) -> _Run:
+        s = jax.lax.while_loop(lambda s: goes_on(s) & ~_is_full(s.buffer), one_token, s)
+        return s._replace(buffer=_evict_if_full(s.buffer))
+
+    B = newest.shape[0]
+    first = _Run(newest, done, buffer, start, jnp.zeros((B, run), jnp.int32), jnp.zeros(B, jnp.int32))
+    end = jax.lax.while_loop(goes_on, until_eviction, first)
+    return end.newest, end.done, end.tokens, end.count, end.step, end.buffer
+
+
+class Scores(NamedTuple):
+    """Streaming scores; column t is about token t + 1, after tokens 0 .. t went through the buffer."""
+
+    log_prob: Float[Array, "B T_less_1"]  # natural log of the next token's probability
+    best: Int[Array, "B T_less_1"]  # the likeliest next token
+
+
+@_on_its_mesh
+def score_stream(
+    model: Decoder, tokens: Int[AnyArray, "B T"], cache: CacheConfig, lengths: Int[AnyArray, " B"]
+) -> tuple[Scores, Buffer]:
+    """Feeds sequences through the buffer in chunks of R tokens, evicting after each, and scores every next token.
+
+    The same as decoding token by token with the sequence's own tokens. Also returns the buffer at the end.
+    """
+    return _score_stream(model, tokens, cache, lengths)
+
+
+@_on_its_mesh
+def compile_score_stream(
+    model: Decoder, tokens: Int[AnyArray, "B T"], cache: CacheConfig, lengths: Int[AnyArray, " B"]
+) -> jax.stages.Compiled:
+    """`score_stream` of these shapes and this cache, which the result is not given again, compiled beforehand."""
+    return _score_stream.lower(model, tokens, cache, lengths).compile()
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _score_stream(model, tokens, cache, lengths):
+    B, T = tokens.shape
+    R = cache.recent
+    chunks = -(-T // R)
+    pad = ((0, 0), (0, chunks * R - T + 1))
+    by_chunk = lambda a: a.reshape(B, chunks, R).swapaxes(0, 1)
+    inputs, targets = jnp.pad(tokens, pad)[:, :-1], jnp.pad(tokens, pad)[:, 1:]
+    valid = jnp.arange(chunks * R)[None] < lengths[:, None]
+
+    def one_chunk(buffer, chunk):
+        tokens, targets, valid = chunk
+        hidden, buffer = read_chunk(model, tokens, valid, buffer)
+        log_probs = jax.nn.log_softmax(decoder.unembed(model, hidden), axis=-1)
+        log_prob = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+        return buffer, Scores(log_prob, jnp.argmax(log_probs, axis=-1).astype(jnp.int32))
+
+    buffer, scores = jax.lax.scan(
+        one_chunk, cache_lib.empty(model.config, cache, B), (by_chunk(inputs), by_chunk(targets), by_chunk(valid))
+    )
+    together = lambda a: a.swapaxes(0, 1).reshape(B, chunks * R)[:, : T - 1]
+    return Scores(together(scores.log_prob), together(scores.best)), buffer

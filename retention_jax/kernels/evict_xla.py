@@ -1,0 +1,140 @@
+"""Exact selection and packing of survivors in plain XLA: a threshold search, a prefix sum, a gather.
+
+Not a sort: 32 counting passes over one order-preserving integer per entry find the threshold, and the same survivors
+come out on every backend.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
+
+from retention_jax.kernels import slot_shards
+
+
+def slot_heads(offset: Int[Array, "B heads_and_1"], slots: int) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
+    """The head that owns each pool slot (unused slots: the last head), and whether the slot is live."""
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    head = jax.vmap(lambda o: jnp.searchsorted(o[1:-1], slot, side="right"))(offset)
+    return head.astype(jnp.int32), slot[None] < offset[:, -1:]
+
+
+def order_key(score: Float[Array, "B E"]) -> UInt32[Array, "B E"]:
+    """float32 to uint32 such that a < b exactly if key(a) < key(b); -0 and +0 get one key."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score).astype(jnp.float32), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def select_top(
+    score: Float[Array, "B E"],
+    pos: Int[Array, "B E"],
+    head: Int[Array, "B E"],
+    live: Bool[Array, "B E"],
+    *,
+    capacity: int,
+    groups: int,
+    shared: int = 0,
+) -> Bool[Array, "B E"]:
+    """The `capacity` best live entries of each row (groups=1) or of each head of each row (groups=heads).
+
+    Ties: higher pos first, then lower head. Exactly min(live, capacity) entries a group are chosen.
+
+    A row's entries may lie on several slot shards; the last `shared` ones are the same on all of them. The shards tell
+    each other how many entries reach a threshold, and so find the one that a single device would find.
+    """
+    counted = (jnp.arange(score.shape[1]) < score.shape[1] - shared)[None] | (slot_shards.index() == 0)
+
+    def count(chosen: Bool[Array, "B E"]) -> Int[Array, "B groups"]:
+        chosen = chosen & counted
+        if groups == 1:
+            return slot_shards.total(chosen.sum(axis=1, keepdims=True, dtype=jnp.int32))
+        by_head = jax.vmap(lambda c, h: jax.ops.segment_sum(c.astype(jnp.int32), h, groups))
+        return slot_shards.total(by_head(chosen, head))
+
+    def spread(value: Shaped[Array, "B groups"]) -> Shaped[Array, "B spread"]:
+        return value if groups == 1 else jnp.take_along_axis(value, head, axis=1)
+
+    need = jnp.full((score.shape[0], groups), capacity, jnp.int32)
+    keys = (order_key(score), pos.astype(jnp.uint32), ~head.astype(jnp.uint32))
+    chosen, tied = jnp.zeros_like(live), live
+    for key in keys:
+        above, tied, need = _split_at_threshold(key, tied, need, count, spread)
+        chosen = chosen | above
+    return chosen | tied
+
+
+def _split_at_threshold(
+    key: UInt32[Array, "B E"],
+    candidates: Bool[Array, "B E"],
+    need: Int[Array, "B groups"],
+    count: Callable[[Array], Array],
+    spread: Callable[[Array], Array],
+) -> tuple[Bool[Array, "B E"], Bool[Array, "B E"], Int[Array, "B groups"]]:
+    """Candidates above the largest key that `need` of them reach, those at it, and how many of these are needed."""
+    # When all candidates fit there is nothing to search: with threshold 0 all of them are above or at it.
+    bits = jnp.where(slot_shards.anywhere(jnp.any(count(candidates) > need)), 32, 0)
+
+    def raise_threshold(i, threshold):
+        higher = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        enough = count(candidates & (key >= spread(higher))) >= need
+        return jnp.where(enough, higher, threshold)
+
+    threshold = spread(jax.lax.fori_loop(0, bits, raise_threshold, jnp.zeros(need.shape, jnp.uint32)))
+    above = candidates & (key > threshold)
+    return above, candidates & (key == threshold), need - count(above)
+
+
+def targets(
+    keep: Bool[Array, "B E"], offset: Int[Array, "B heads_and_1"], window: int
+) -> tuple[Int[Array, "B S"], Int[Array, "B heads_window"], Int[Array, "B heads_and_1"]]:
+    """The slot that each entry of the pool and of the windows gets if it survives, and the new offsets.
+
+    A slot that does not survive has the number of survivors before it, so the numbers of each part ascend.
+    """
+    B, heads = offset.shape[0], offset.shape[1] - 1
+    slots = keep.shape[1] - heads * window
+    in_pool, in_window = keep[:, :slots], keep[:, slots:].reshape(B, heads, window)
+    running = lambda a, axis=1: jnp.cumsum(a, axis=axis, dtype=jnp.int32)
+
+    before = jnp.pad(running(in_pool), ((0, 0), (1, 0)))
+    at_offset = jnp.take_along_axis(before, offset, axis=1)  # pool survivors before each head
+    from_pool = at_offset[:, 1:] - at_offset[:, :-1]
+    from_window = in_window.sum(axis=2, dtype=jnp.int32)
+    new_offset = jnp.pad(running(from_pool + from_window), ((0, 0), (1, 0)))
+
+    # A head's pool survivors come after the window survivors of all heads before it.
+    added = jax.vmap(lambda o, n: jnp.zeros(slots, jnp.int32).at[o].add(n, mode="drop"))(offset[:, 1:], from_window)
+    to_pool = before[:, :-1] + running(added)
+    to_window = (new_offset[:, :-1] + from_pool)[:, :, None] + running(in_window, 2) - in_window.astype(jnp.int32)
+    return to_pool, to_window.reshape(B, -1), new_offset
+
+
+def pack_order(
+    keep: Bool[Array, "B E"], head: Int[Array, "B E"], offset: Int[Array, "B heads_and_1"], window: int
+) -> tuple[Int[Array, "B S"], Int[Array, "B heads_and_1"]]:
+    """Where each pool slot's next content comes from (-1: nothing), and the new offsets.
+
+    Entries are the S pool slots, ordered by head and position, then `window` tokens for each head, newer than any in
+    the pool. Survivors are ordered by head and position again.
+    """
+    slots = keep.shape[1] - (offset.shape[1] - 1) * window
+    to_pool, to_window, new_offset = targets(keep, offset, window)
+    target = jnp.where(keep, jnp.concatenate([to_pool, to_window], axis=1), slots)
+    source = jnp.arange(keep.shape[1], dtype=jnp.int32)
+    scatter = lambda t: jnp.full(slots, -1, jnp.int32).at[t].set(source, mode="drop", unique_indices=False)
+    return jax.vmap(scatter)(target), new_offset
+
+
+def pack_rows(
+    pool: Shaped[Array, "B S *H"], window: Shaped[Array, "B heads_window *H"], source: Int[Array, "B S"]
+) -> Shaped[Array, "B S *H"]:
+    """The pool after packing: slot s takes the row `source[s]` of pool and window joined, zeros where it is -1."""
+    slots = pool.shape[1]
+    pick = jax.vmap(lambda rows, index: rows.at[index].get(mode="clip"))
+    shape = source.shape + (1,) * (pool.ndim - 2)
+    # As integers: what rounds nothing may still turn one nan into another.
+    old, new = (jax.lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}") for a in (pool, window))
+    kept = jnp.where(source.reshape(shape) < slots, pick(old, source), pick(new, source - slots))
+    kept = jnp.where(source.reshape(shape) >= 0, kept, jnp.zeros((), kept.dtype))
+    return jax.lax.bitcast_convert_type(kept, pool.dtype)

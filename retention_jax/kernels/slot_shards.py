@@ -1,0 +1,49 @@
+"""What the devices that hold parts of one pool tell each other: counts, and parts of a softmax.
+
+Never keys, values or scores. All of this is for functions that are mapped over the mesh; elsewhere there is one shard.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from retention_jax import sharding
+from retention_jax.kernels.partial_softmax import Partial
+
+
+def count() -> int:
+    """How many shards a pool has here."""
+    return jax.lax.axis_size(names) if (names := sharding.mapped_axes(sharding.SLOTS)) else 1
+
+
+def index() -> Int[Array, ""]:
+    """Which of them this is."""
+    return jax.lax.axis_index(names) if (names := sharding.mapped_axes(sharding.SLOTS)) else jnp.int32(0)
+
+
+def total(number: Int[Array, "*axes"]) -> Int[Array, "*axes"]:
+    """Sum over the shards."""
+    return jax.lax.psum(number, sharding.mapped_axes(sharding.SLOTS))
+
+
+def of_each(number: Int[Array, " B"]) -> Int[Array, "B shards"]:
+    """Every shard's number."""
+    names = sharding.mapped_axes(sharding.SLOTS)
+    return jax.lax.all_gather(number, names, axis=1) if names else number[:, None]
+
+
+def anywhere(condition: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether it holds on any device: what loops depend on that wait for other devices inside."""
+    return jax.lax.pmax(condition.astype(jnp.int32), sharding.mapped_axes(sharding.AXES)) > 0
+
+
+def merge(part: Partial) -> Partial:
+    """The softmax over all shards' keys, which must be disjoint."""
+    names = sharding.mapped_axes(sharding.SLOTS)
+    if not names:
+        return part
+    top = jax.lax.pmax(part.lse, names)
+    # A query without any key: every lse is -inf, and the shares must be 0, not exp(-inf + inf).
+    share = jnp.exp(part.lse - jnp.where(top == -jnp.inf, 0.0, top))
+    mass, out = jax.lax.psum((share, part.out * share[..., None]), names)
+    return Partial(out / jnp.maximum(mass, jnp.finfo(mass.dtype).tiny)[..., None], top + jnp.log(mass))

@@ -1,0 +1,205 @@
+"""One decoder for the Llama/Qwen family, with retention gates. Layers are stacked and scanned.
+
+`forward` reads whole sequences (training, teacher, scoring); `extend` reads new tokens on top of a cache. Both hand
+back what the caller needs to decide about memory; neither knows the budget.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from retention_jax import cache as cache_lib
+from retention_jax import sharding
+from retention_jax.cache import Buffer, Entries
+from retention_jax.config import AnyArray, GateConfig
+from retention_jax.kernels import ops
+from retention_jax.model_config import ModelConfig
+from retention_jax.models import gate as gate_lib
+from retention_jax.models import layers as layers_lib
+from retention_jax.models import rope
+
+
+class Layer(nnx.Module):
+    """One layer's weights. Names of axes in the comments; `None` where the family has no such parameter."""
+
+    def __init__(self, cfg: ModelConfig, gate: GateConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(cfg.dtype)
+        D, N, K, H, F = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_size, cfg.mlp_width
+
+        def weight(*shape: int, fan_in: int) -> nnx.Param:
+            return nnx.Param((jax.random.normal(rngs.params(), shape) * fan_in**-0.5).astype(dtype))
+
+        ones = lambda size: nnx.Param(jnp.ones(size, dtype))
+        zeros = lambda present, *shape: nnx.Param(jnp.zeros(shape, dtype)) if present else None
+        self.attention_norm, self.mlp_norm = ones(D), ones(D)
+        self.q, self.k, self.v = (weight(D, heads, H, fan_in=D) for heads in (N, K, K))
+        self.o = weight(N, H, D, fan_in=N * H)
+        self.q_bias, self.k_bias, self.v_bias = (zeros(cfg.qkv_bias, heads, H) for heads in (N, K, K))
+        self.o_bias = zeros(cfg.output_bias, D)
+        self.q_norm, self.k_norm = (ones(H) if cfg.qk_norm else None for _ in range(2))
+        self.gate_proj, self.up_proj, self.down_proj = (
+            weight(D, F, fan_in=D),
+            weight(D, F, fan_in=D),
+            weight(F, D, fan_in=F),
+        )
+        self.gate_bias, self.up_bias, self.down_bias = (zeros(cfg.mlp_bias, size) for size in (F, F, D))
+        self.retention = gate_lib.GateFeatures(cfg, gate, rngs=rngs)
+        self.norm_eps = cfg.norm_eps
+
+    def project(
+        self, x: Float[Array, "B T D"], turn: rope.Rotation
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T heads W"]]:
+        """Rotated queries and keys, values, and gate features of the hidden state that enters attention."""
+        normed = layers_lib.rms_norm(x, self.attention_norm[...], self.norm_eps)
+        q, k, v = (jnp.einsum("btd,dnh->btnh", normed, w[...]) for w in (self.q, self.k, self.v))
+        if self.q_bias is not None and self.k_bias is not None and self.v_bias is not None:
+            q, k, v = (a + b[...][None, None] for a, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
+        if self.q_norm is not None and self.k_norm is not None:
+            q = layers_lib.rms_norm(q, self.q_norm[...], self.norm_eps)
+            k = layers_lib.rms_norm(k, self.k_norm[...], self.norm_eps)
+        return rope.apply_rope(q, turn), rope.apply_rope(k, turn), v, self.retention(normed)
+
+    def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """The residual stream after attention's output projection and the MLP."""
+        out = jnp.einsum("btnh,nhd->btd", attended, self.o[...])
+        x = x + (out if self.o_bias is None else out + self.o_bias[...][None, None])
+        biases = None
+        if self.gate_bias is not None and self.up_bias is not None and self.down_bias is not None:
+            biases = (self.gate_bias[...], self.up_bias[...], self.down_bias[...])
+        normed = layers_lib.rms_norm(x, self.mlp_norm[...], self.norm_eps)
+        return x + layers_lib.swiglu(normed, self.gate_proj[...], self.up_proj[...], self.down_proj[...], biases)
+
+
+class Decoder(nnx.Module):
+    """All weights: the backbone (`nnx.Param`) and its gates (`GateParam`). A pytree, so it can go through jit."""
+
+    def __init__(self, cfg: ModelConfig, gate: GateConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(cfg.dtype)
+        embedding = lambda: nnx.Param(
+            (0.02 * jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.width))).astype(dtype)
+        )
+        self.config, self.gate_config = cfg, gate
+        self.embedding = embedding()
+        self.lm_head = None if cfg.tie_embeddings else embedding()
+        self.final_norm = nnx.Param(jnp.ones(cfg.width, dtype))
+        self.final_projection = gate_lib.FinalProjection(cfg, gate, rngs=rngs)
+        stack = nnx.vmap(lambda r: Layer(cfg, gate, rngs=r), in_axes=0, out_axes=0)
+        self.layers = stack(rngs.split(cfg.num_layers))
+
+    def __call__(self, tokens: Int[AnyArray, "B T"]) -> tuple[Float[Array, "B T V"], Float[Array, "B L K T"]]:
+        """Logits and log_beta of whole sequences: full cache, ordinary attention."""
+        with sharding.enter_mesh_of(self):
+            return _score(self, tokens)
+
+
+@jax.jit
+def _score(model: Decoder, tokens: Int[AnyArray, "B T"]) -> tuple[Float[Array, "B T V"], Float[Array, "B L K T"]]:
+    hidden, log_beta = forward(model, tokens, jnp.ones_like(tokens), with_retention=False)
+    return unembed(model, hidden), log_beta
+
+
+def document_positions(segment_ids: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
+    """0-based position of each token in its document; documents are runs of equal segment ids."""
+    segment_ids, index = jnp.asarray(segment_ids), jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    starts = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def document_lengths(segment_ids: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
+    """Tokens of the document that each token is in."""
+    from_end = document_positions(jnp.flip(jnp.asarray(segment_ids), axis=1))
+    return document_positions(segment_ids) + jnp.flip(from_end, axis=1) + 1
+
+
+def forward(
+    model: Decoder,
+    tokens: Int[AnyArray, "B T"],
+    segment_ids: Int[AnyArray, "B T"],
+    *,
+    with_retention: bool,
+    remat: bool = False,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B L K T"]]:
+    """Final hidden states (normed) and log_beta of packed documents.
+
+    `with_retention` adds (t - i) log_beta_i to the attention logits (the student); without it attention is ordinary
+    (the teacher, or scoring with a full cache). `remat` recomputes each layer in the backward pass.
+    """
+    cfg, tokens, segment_ids = model.config, jnp.asarray(tokens), jnp.asarray(segment_ids)
+    turn = rope.rotation(document_positions(segment_ids), document_lengths(segment_ids), cfg)
+
+    def layer_step(x, scanned):
+        layer, weight, offset, window = scanned
+        layer = sharding.gathered(layer)
+        q, k, v, features = layer.project(x, turn)
+        log_beta = sharding.constrain(gate_lib.log_retention(features, weight, offset), "log_beta")
+        bias = log_beta if with_retention else jnp.zeros_like(log_beta)
+        attended = sharding.constrain(ops.retention_attention(q, k, v, bias, segment_ids, window), "heads")
+        return sharding.constrain(layer.finish(x, attended), "hidden"), log_beta
+
+    x = sharding.constrain(sharding.constrain(model.embedding[...][tokens], "embedded"), "hidden")
+    windows = None if cfg.windows is None else jnp.asarray(cfg.windows, jnp.int32)
+    scanned = (model.layers, *model.final_projection.per_layer(cfg.num_layers, cfg.num_kv_heads), windows)
+    x, log_beta = jax.lax.scan(jax.checkpoint(layer_step) if remat else layer_step, x, scanned)
+    return layers_lib.rms_norm(x, model.final_norm[...], cfg.norm_eps), log_beta.transpose(1, 0, 2, 3)
+
+
+def extend(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    buffer: Buffer,
+    length: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B T D"], Entries]:
+    """Reads new tokens on top of the buffer, with ordinary attention over pool, recent window and themselves.
+
+    `valid` marks real tokens, which come first in each row. Returns final hidden states (normed; anything at padding)
+    and the new entries [B, L, K, T, ...] for the cache to take in. The buffer itself is only read.
+
+    `length` is how many tokens each row has once the prompt is read whose part this is, by default once these tokens
+    are: longrope turns all of a long prompt by its factors for long sequences, also in chunks. Entries made while a
+    sequence was short stay as they were turned, as with a cache of `transformers`.
+    """
+    cfg = model.config
+    length = buffer.seen + valid.sum(axis=1, dtype=jnp.int32) if length is None else length
+    pos = buffer.seen[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    turn = rope.rotation(pos, length[:, None], cfg)
+
+    def layer_step(x, scanned):
+        layer, weight, offset, index, window = scanned
+        layer = sharding.gathered(layer, table=sharding.DECODING)
+        q, k, v, features = layer.project(x, turn)
+        k, v = (sharding.constrain(a, "cached") for a in (k, v))
+        log_beta = gate_lib.log_retention(features, weight, offset)
+        attended = ops.merge([cache_lib.attend(buffer, q, index), ops.causal_attention(q, k, v, window)]).out
+        attended = sharding.constrain(attended.astype(q.dtype), "heads")
+        x = sharding.constrain(layer.finish(x, attended), "hidden")
+        return x, (k.swapaxes(1, 2), v.swapaxes(1, 2), log_beta)
+
+    x = sharding.constrain(sharding.constrain(model.embedding[...][tokens], "embedded"), "hidden")
+    weight, offset = model.final_projection.per_layer(cfg.num_layers, cfg.num_kv_heads)
+    windows = None if cfg.windows is None else jnp.asarray(cfg.windows, jnp.int32)
+    scanned = (model.layers, weight, offset, jnp.arange(cfg.num_layers), windows)
+    x, (k, v, log_beta) = jax.lax.scan(layer_step, x, scanned)
+    by_row = lambda a: a.swapaxes(0, 1)
+    everywhere = jnp.broadcast_to(jnp.where(valid, pos, -1)[:, None, None], by_row(log_beta).shape)
+    entries = Entries(by_row(k), by_row(v), by_row(log_beta), everywhere)
+    return layers_lib.rms_norm(x, model.final_norm[...], cfg.norm_eps), entries
+
+
+def unembed(model: Decoder, hidden: Float[Array, "*axes D"]) -> Float[Array, "*axes V"]:
+    """Vocabulary logits, at least float32."""
+    return logits(sharding.gathered(output_head(model), "lm_head"), hidden)
+
+
+def output_head(model: Decoder) -> Float[Array, "V D"]:
+    """The matrix that makes logits; the embedding where a model ties them."""
+    return (model.embedding if model.lm_head is None else model.lm_head)[...]
+
+
+def logits(head: Float[Array, "V D"], hidden: Float[Array, "*axes D"]) -> Float[Array, "*axes V"]:
+    """Vocabulary logits by `output_head`, at least float32."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=wide)

@@ -1,0 +1,140 @@
+"""Models from checkpoint folders and back, in safetensors and JSON.
+
+    backbone folder   config.json, model*.safetensors         as Hugging Face writes them (`huggingface.py`)
+    gate folder       config.json, gates.safetensors or .pth  as the gates were released (`gate_files.py`)
+
+Two tables there say where each named tensor goes; loading and saving both read them.
+"""
+
+import os
+import pathlib
+import re
+
+import huggingface_hub
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from retention_jax import sharding
+from retention_jax.config import GateConfig
+from retention_jax.models import gate_files, huggingface, tensors
+from retention_jax.models.decoder import Decoder
+from retention_jax.models.gate import GateParam
+
+DOWNLOADED = ("*.json", "*.jinja", "model*.safetensors")  # nothing that could carry code
+BUILTIN = pathlib.Path(__file__).parent.parent / "checkpoints"
+
+
+def load(
+    folder: str | os.PathLike,
+    gates: str | os.PathLike | None = None,
+    dtype: str = "bfloat16",
+    *,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+) -> Decoder:
+    """A decoder from a Hugging Face checkpoint, with gates from a gate folder.
+
+    Args:
+      folder: a local folder, a name on the Hugging Face hub (only JSON, templates and safetensors are downloaded), or
+        `builtin:recall`.
+      gates: a gate folder, released or ours, or its name on the hub; without one the model gets fresh gates that forget
+        next to nothing.
+      dtype: of the backbone; gates are float32.
+      revision: branch, tag or commit on the hub.
+      mesh: lays weights and gates out as `sharding.DECODING` says; None: all on the default device.
+
+    Raises:
+      ValueError: when a folder or file is missing, damaged or unsupported, or tensors are missing, extra or of another
+        shape (all listed).
+    """
+    if gates is None:
+        return load_backbone(folder, GateConfig(), dtype, seed=0, revision=revision, mesh=mesh, table=sharding.DECODING)
+    found = gate_files.read_gates(resolve(gates, files=("config.json", gate_files.OURS, gate_files.OFFICIAL)))
+    folder = resolve(folder, revision)
+    model = _without_values(folder, found.config, dtype)
+    gate_files.load_gates(model, found)  # first: what does not fit shows before gigabytes are read
+    _read_backbone(model, folder, mesh, sharding.DECODING)
+    if mesh is not None:
+        gates_read = nnx.state(model, GateParam)
+        nnx.update(model, jax.device_put(gates_read, sharding.of_tree(sharding.automatic(mesh), gates_read)))
+    return model
+
+
+def load_backbone(
+    folder: str | os.PathLike,
+    gate: GateConfig,
+    dtype: str,
+    *,
+    seed: int,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    table: dict[str, P] = sharding.WEIGHTS,
+) -> Decoder:
+    """A decoder from a Hugging Face checkpoint with freshly initialised gates; takes and raises what `load` does.
+
+    `table` says how a mesh's devices share the weights.
+    """
+    folder = resolve(folder, revision)
+    model = _without_values(folder, gate, dtype)
+    _read_backbone(model, folder, mesh, table)
+    init_gates(model, seed=seed, mesh=mesh)
+    return model
+
+
+def _without_values(folder: pathlib.Path, gate: GateConfig, dtype: str) -> Decoder:
+    """A decoder of a checkpoint's architecture whose variables are shapes without values yet."""
+    cfg = huggingface.read_model_config(folder, dtype)
+    return nnx.eval_shape(lambda: Decoder(cfg, gate, rngs=nnx.Rngs(0)))
+
+
+def _read_backbone(model: Decoder, folder: pathlib.Path, mesh: Mesh | None, table: dict[str, P]) -> None:
+    """Puts a checkpoint's weights into a decoder, in place."""
+    mesh, cfg = mesh and sharding.automatic(mesh), model.config
+    found = tensors.read_headers(tensors.checkpoint_files(folder))
+    if cfg.tie_embeddings:
+        found.pop("lm_head.weight", None)  # some exporters write the tied head out as well
+    # Llama 2's were saved with a buffer that RoPE's formula gives too.
+    found = {name: header for name, header in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    places = huggingface.backbone_places(cfg, fused="model.layers.0.self_attn.qkv_proj.weight" in found)
+    layout = lambda path, shape: mesh and sharding.of_weight(mesh, path[-1], shape, table)
+    tensors.stream(model, nnx.Param, places, found, layout, where=folder)
+
+
+def init_gates(model: Decoder, *, seed: int, mesh: Mesh | None = None) -> None:
+    """Puts freshly initialised gates into a decoder, in place."""
+
+    def fresh() -> nnx.State:
+        return nnx.state(Decoder(model.config, model.gate_config, rngs=nnx.Rngs(seed)), GateParam)
+
+    layout = mesh and sharding.of_tree(sharding.automatic(mesh), jax.eval_shape(fresh))
+    nnx.update(model, jax.jit(fresh, out_shardings=layout)())
+
+
+def save_backbone(model: Decoder, folder: str | os.PathLike) -> None:
+    """Writes the backbone as a Hugging Face folder; raises ValueError if no family there has its architecture."""
+    names, config = dict(huggingface.backbone_places(model.config)), huggingface.model_config_json(model.config)
+    tensors.save(model, nnx.Param, names, folder, "model.safetensors", config)
+
+
+def resolve(name: str | os.PathLike, revision: str | None = None, files: tuple[str, ...] = DOWNLOADED) -> pathlib.Path:
+    """The folder a name stands for: a folder, `builtin:NAME` for one shipped with the package, or a hub repository.
+
+    A repository's `files` are downloaded into the cache of huggingface_hub, which goes by its own environment variables
+    (HF_HUB_OFFLINE, HF_HOME, HF_TOKEN).
+
+    Raises:
+      ValueError: when it is none of these, or cannot be had.
+    """
+    text = os.fspath(name)
+    path = BUILTIN / text.removeprefix("builtin:") if text.startswith("builtin:") else pathlib.Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if isinstance(name, os.PathLike) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
+        raise ValueError(f"{name}: no such checkpoint folder")
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=list(files)))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name}: no such checkpoint folder, and not to be had from the hub: {reason}") from error

@@ -1,0 +1,228 @@
+"""Text from prompts: one, a file of them, or a conversation whose buffer goes on from turn to turn.
+
+`python -m retention_jax.generate` is the command line of this.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from retention_jax import chat, sampling
+from retention_jax.cache import Buffer
+from retention_jax.chat import Message
+from retention_jax.config import CacheConfig
+from retention_jax.decoding import generate
+from retention_jax.models.decoder import Decoder
+from retention_jax.tokenizer import Tokenizer
+
+
+class Writer(NamedTuple):
+    """A model with everything that says how it writes."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    cache: CacheConfig
+    max_new_tokens: int
+    drawing: dict[str, Any]  # temperature, top_k, top_p, min_p
+    seed: int
+    template: bool  # whether prompts go through the chat template
+    system: str  # system message of prompts that have none; "" adds none
+    template_kwargs: dict[str, Any]
+
+
+def check(writer: Writer) -> None:
+    """Raises ValueError when tokenizer and model do not go together, or settings are out of range."""
+    rows, needed = writer.model.config.vocab_size, writer.tokenizer.vocab_size
+    if needed > rows:
+        raise ValueError(f"{writer.tokenizer.where}: the tokenizer has {needed} tokens, but the model only {rows}")
+    if writer.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {writer.max_new_tokens}")
+    sampling.settings(**writer.drawing)
+
+
+def drawing_settings(generation: Mapping[str, Any], given: Mapping[str, float | int | None]) -> dict[str, Any]:
+    """How tokens are drawn: what was given (not None), else what generation_config.json says.
+
+    A file without `do_sample: true` stands for greedy decoding, whatever else is in it.
+    """
+    found = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    if generation.get("do_sample"):
+        found |= {name: generation[name] for name in found if generation.get(name) is not None}
+    else:
+        found["temperature"] = 0.0
+    found |= {name: value for name, value in given.items() if value is not None}
+    return {name: int(value) if name == "top_k" else float(value) for name, value in found.items()}
+
+
+def run_id(writer: Writer, names: Mapping[str, str]) -> str:
+    """A short name of everything that the text depends on beside the prompt; `names` tell the model."""
+    values = {
+        "cache": dataclasses.asdict(writer.cache),
+        **{name: getattr(writer, name) for name in writer._fields if name not in ("model", "tokenizer", "cache")},
+        **names,
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Totals(NamedTuple):
+    """What the closing line tells, summed over batches; bytes are those of the batch that held most."""
+
+    prompt_tokens: float = 0.0
+    new_tokens: float = 0.0
+    decode_seconds: float = 0.0
+    live: float = 0.0
+    full_live: float = 0.0
+    kv_bytes: float = 0.0
+    full_kv_bytes: float = 0.0
+
+    def add(self, stats: Mapping[str, float]) -> "Totals":
+        sums = {name: getattr(self, name) + stats[name] for name in self._fields if not name.endswith("kv_bytes")}
+        most = {name: max(getattr(self, name), stats[name]) for name in ("kv_bytes", "full_kv_bytes")}
+        return Totals(**sums, **most)
+
+    def line(self) -> str:
+        speed = self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+        return (
+            f"{self.prompt_tokens:,.0f} prompt tokens, {self.new_tokens:,.0f} new tokens, "
+            f"{speed:,.1f} tokens/s with compiling; "
+            f"kept {self.live:,.0f} of {self.full_live:,.0f} entries; "
+            f"KV {self.kv_bytes / 2**20:,.2f} MiB, a full cache {self.full_kv_bytes / 2**20:,.2f} MiB"
+        )
+
+
+def prompt_tokens(writer: Writer, prompt: str | Sequence[Message]) -> list[int]:
+    """Tokens of a text, or of the messages before a reply.
+
+    Raises:
+      ValueError: when there is nothing to read, and as `chat.render` does.
+    """
+    if not writer.template:
+        if not isinstance(prompt, str):
+            raise ValueError("messages need the chat template; only a prompt of plain text can go without")
+        ids = writer.tokenizer.encode(prompt, bos=True)
+    else:
+        messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+        text = chat.render(
+            writer.tokenizer,
+            _with_system(writer, messages),
+            add_generation_prompt=True,
+            template_kwargs=writer.template_kwargs,
+        )
+        ids = writer.tokenizer.encode(text, bos=False)
+    if not ids:
+        raise ValueError("the prompt is empty")
+    return ids
+
+
+def _with_system(writer: Writer, messages: list[Message]) -> list[Message]:
+    has_one = any(isinstance(m, Mapping) and m.get("role") == "system" for m in messages)
+    return messages if has_one or not writer.system else [{"role": "system", "content": writer.system}, *messages]
+
+
+class Reply(NamedTuple):
+    tokens: list[int]
+    stats: dict[str, float]
+    buffer: Buffer
+
+
+def reply(
+    writer: Writer,
+    tokens: Sequence[int],
+    write: Callable[[str], object],
+    *,
+    seed: int,
+    buffer: Buffer | None = None,
+) -> Reply:
+    """Continues one sequence, and hands its text to `write` as it comes, in whole characters; Ctrl-C ends it."""
+    text_of = writer.tokenizer.stream()
+    with _interruptible() as interrupted:
+
+        def on_tokens(rows: list[list[int]]) -> bool:
+            write(text_of(rows[0]))
+            return interrupted()
+
+        out = generate(
+            writer.model,
+            [tokens],
+            writer.cache,
+            max_new_tokens=writer.max_new_tokens,
+            seed=seed,
+            **writer.drawing,
+            stop_tokens=writer.tokenizer.stop_tokens,
+            buffer=buffer,
+            on_tokens=on_tokens,
+        )
+    return Reply(out.tokens[0], out.stats, out.buffer)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """A function that tells whether Ctrl-C was pressed: one ends the reply, a second one the program."""
+    pressed = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set  # signals are for the main thread
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Conversation(NamedTuple):
+    """The turns until now, and the buffer that holds their tokens, all but the last one."""
+
+    messages: list[Message] = []
+    last: int = -1
+    buffer: Buffer | None = None
+
+
+def next_turn(
+    writer: Writer, before: Conversation, text: str, write: Callable[[str], object]
+) -> tuple[Conversation, dict[str, float]]:
+    """One turn of a conversation; only what is new is read, on top of the buffer.
+
+    Raises:
+      ValueError: as `chat.render` and `chat.continuation` do.
+    """
+    messages = [*before.messages, {"role": "user", "content": text}]
+    if before.buffer is None:
+        messages = _with_system(writer, messages)
+        tokens = prompt_tokens(writer, messages)
+    else:
+        closing, after = chat.continuation(
+            writer.tokenizer, messages, len(messages) - 2, template_kwargs=writer.template_kwargs
+        )
+        tokens = writer.tokenizer.encode(closing + after, bos=False)
+        # The closing stands in for the stop token, unless there is none, or the reply was cut off before it.
+        if not (closing and before.last in writer.tokenizer.stop_tokens):
+            tokens = [before.last, *tokens]
+    turn = sum(m["role"] == "assistant" for m in messages)
+    out = reply(writer, tokens, write, seed=writer.seed + turn, buffer=before.buffer)
+    messages += [{"role": "assistant", "content": writer.tokenizer.decode(out.tokens)}]
+    return Conversation(messages, out.tokens[-1], out.buffer), out.stats
+
+
+def converse(writer: Writer, lines: Iterable[str], write: Callable[[str], object]) -> Totals:
+    """A conversation with whoever writes the lines. `/reset` forgets it, `/exit` ends it, as the end of lines does."""
+    totals, conversation = Totals(), Conversation()
+    for line in map(str.strip, lines):
+        if line == "/exit":
+            break
+        if line == "/reset":
+            conversation = Conversation()
+        elif line:
+            conversation, stats = next_turn(writer, conversation, line, write)
+            write("\n")
+            totals = totals.add(stats)
+    return totals

@@ -1,0 +1,370 @@
+"""Trains retention gates on a frozen backbone, or a small backbone first, and ends with the evaluation.
+
+    python -m retention_jax.train --config=configs/recall.py --workdir=runs/recall
+
+A run can be killed at any time and started again with the same command: it goes on from the newest checkpoint, bitwise
+as if it had never stopped.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import signal
+import time
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+from ml_collections import config_flags
+
+from retention_jax import checkpoint, config_io, distributed, evaluate, losses, metrics, program_cache, sharding
+from retention_jax.checkpoint import TrainState
+from retention_jax.config import OptimizerConfig, TrainConfig
+from retention_jax.data import pipeline
+from retention_jax.model_config import ModelConfig
+from retention_jax.models import gate_files, huggingface, weights
+from retention_jax.models.decoder import Decoder
+from retention_jax.models.gate import GateParam
+
+
+class StepMetrics(NamedTuple):
+    """What one training step tells. Losses in nats a token."""
+
+    losses: dict[str, Float[Array, ""]]
+    grad_norm: Float[Array, ""]
+    retained: Float[Array, "L K"] | None  # gates only
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW with linear warm-up, cosine decay to the final rate, and clipping by global norm."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=steps,
+        end_value=config.final_learning_rate,
+    )
+    adamw = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def trained_kind(config: TrainConfig) -> type[nnx.Variable]:
+    """The variables a stage trains; everything else is frozen and in no checkpoint."""
+    return GateParam if config.stage == "gates" else nnx.Param
+
+
+def loss_and_metrics(
+    model: Decoder, batch: pipeline.Batch, config: TrainConfig
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """The stage's loss, with its terms."""
+    tokens, segment_ids, label_mask = batch["tokens"], batch["segment_ids"], batch["label_mask"]
+    if config.stage == "backbone":
+        ce = losses.next_token(
+            model, tokens, segment_ids, label_mask, vocab_block=config.loss.vocab_block, remat=config.remat
+        )
+        return ce, {"loss": ce}
+    terms = losses.distillation(model, tokens, segment_ids, label_mask, config.loss, remat=config.remat)
+    named = {"loss": terms.total, "kl": terms.kl, "ce": terms.ce, "capacity": terms.capacity}
+    return terms.total, {**named, "retained": terms.retained}
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "optimizer", "config"), donate_argnames="state")
+def train_step(
+    state: TrainState,
+    frozen: nnx.State,
+    batch: pipeline.Batch,
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+) -> tuple[TrainState, StepMetrics]:
+    """One optimiser step over `optimizer.accumulation` micro-batches, whose gradients are averaged."""
+
+    def loss_fn(params: nnx.State, micro: pipeline.Batch):
+        return loss_and_metrics(nnx.merge(graphdef, params, frozen), micro, config)
+
+    def one_micro_batch(carry, micro):
+        micro = {name: sharding.constrain(a, "batch") for name, a in micro.items()}
+        found, grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, micro)
+        return jax.tree.map(jnp.add, carry, (found, sharding.constrain_weights(grads))), None
+
+    parts = config.optimizer.accumulation
+    micro_batches = jax.tree.map(lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:]), batch)
+    shapes = jax.eval_shape(
+        jax.value_and_grad(loss_fn, has_aux=True), state.params, jax.tree.map(lambda a: a[0], micro_batches)
+    )
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(one_micro_batch, zeros, micro_batches)
+    (_, terms), grads = jax.tree.map(lambda a: a / parts, total)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = typing.cast(nnx.State, optax.apply_updates(state.params, updates))
+    retained = terms.pop("retained", None)
+    state = sharding.constrain_weights(TrainState(params, opt_state, state.step + 1))
+    # Their names are no weights': every process gets all of them.
+    return state, sharding.constrain_weights(StepMetrics(terms, optax.tree.norm(grads), retained))
+
+
+def architecture(config: TrainConfig) -> ModelConfig:
+    """The backbone's, before any weight is read."""
+    return config.model or huggingface.read_model_config(weights.resolve(config.backbone), config.dtype)
+
+
+def make_model(config: TrainConfig) -> Decoder:
+    """The backbone as configured, freshly initialised or loaded, with fresh gates; on the mesh that was entered."""
+    mesh = sharding.entered()
+    if config.stage == "gates":
+        return weights.load_backbone(config.backbone, config.gate, config.dtype, seed=config.seed, mesh=mesh)
+    architecture = config.model
+    assert architecture is not None  # TrainConfig checks it
+    fresh = lambda: Decoder(architecture, config.gate, rngs=nnx.Rngs(config.seed))
+    return _on_mesh(fresh)
+
+
+def fresh_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return _on_mesh(lambda params: TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32)), params)
+
+
+def _on_mesh(make: Callable[..., Any], *args: Any) -> Any:
+    """What `make` returns, laid out by the table."""
+    mesh = sharding.entered()
+    layout = mesh and sharding.of_tree(mesh, jax.eval_shape(make, *args))
+    return jax.jit(make, out_shardings=layout)(*args)
+
+
+def shapes_of_step(
+    config: TrainConfig, model: ModelConfig
+) -> tuple[TrainState, nnx.State, dict[str, Any], nnx.GraphDef]:
+    """What `train_step` takes, state, frozen weights, batch and graph, as shapes laid out on the mesh that was entered.
+
+    With them a step can be compiled where neither the weights nor the devices are.
+    """
+    decoder = nnx.eval_shape(lambda: Decoder(model, config.gate, rngs=nnx.Rngs(config.seed)))
+    graphdef, params, frozen = nnx.split(decoder, trained_kind(config), ...)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), jnp.zeros((), jnp.int32)), params)
+    row = lambda dtype: jax.ShapeDtypeStruct((config.data.batch_size, config.data.length), dtype)
+    batch = {"tokens": row(jnp.int32), "segment_ids": row(jnp.int32), "label_mask": row(jnp.bool_)}
+    mesh = sharding.entered()
+    if mesh is None:
+        return state, frozen, batch, graphdef
+    laid_out = lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout)
+    state, frozen = (jax.tree.map(laid_out, tree, sharding.of_tree(mesh, tree)) for tree in (state, frozen))
+    by_row = lambda s: laid_out(s, NamedSharding(mesh, sharding.of_activation(mesh, "batch", s.shape)))
+    return state, frozen, jax.tree.map(by_row, batch), graphdef
+
+
+def lower_step(config: TrainConfig, model: ModelConfig) -> jax.stages.Lowered:
+    """The training step of a model on the mesh that was entered, lowered from shapes alone."""
+    state, frozen, batch, graphdef = shapes_of_step(config, model)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    return train_step.lower(state, frozen, batch, graphdef=graphdef, optimizer=optimizer, config=config)
+
+
+def put_batch(batch: Mapping[str, Any]) -> dict[str, Array]:
+    """A batch on the devices, each with its rows. All processes have the same batch."""
+    mesh = sharding.entered()
+    if mesh is None:
+        return {name: jnp.asarray(a) for name, a in batch.items()}
+    layout = lambda a: NamedSharding(mesh, sharding.of_activation(mesh, "batch", a.shape))
+    return {n: jax.make_array_from_callback(a.shape, layout(a), a.__getitem__) for n, a in batch.items()}
+
+
+def train(config: TrainConfig, workdir: pathlib.Path) -> Decoder:
+    """Runs or continues a training run; leaves `workdir/gates` or `workdir/backbone` and returns the trained model.
+
+    It runs on the mesh that was entered, or on the default device.
+
+    Raises:
+      ValueError: when the configuration does not fit the mesh, the workdir belongs to another one, or backbone, data or
+        checkpoint are unusable.
+      FloatingPointError: when a loss is not finite; names the step.
+    """
+    if (mesh := sharding.ambient()) is not None:
+        config.check_mesh(dict(mesh.shape), architecture(config))
+    checkpoint.claim_workdir(workdir, config)
+    model = make_model(config)
+    graphdef, params, frozen = nnx.split(model, trained_kind(config), ...)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = fresh_state(params, optimizer)
+    data = pipeline.train_iterator(config.resolved_data, vocab_size=model.config.vocab_size, seed=config.seed)
+    trained, all_of_them = (sum(a.size for a in jax.tree.leaves(s)) for s in (params, (params, frozen)))
+    metrics.say(f"training {config.stage}: {trained:,} of {all_of_them:,} parameters, {config.steps:,} steps")
+    with checkpoint.open_manager(workdir, keep=config.checkpoint_keep) as manager:
+        if restored := checkpoint.restore_latest(manager, state):
+            state, data_state = restored
+            data.set_state(data_state)
+            metrics.say(f"continuing after step {int(state.step)}")
+        step_fn = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config)
+        state = _loop(config, workdir, state, frozen, data, step_fn, manager)
+    model = nnx.merge(graphdef, state.params, frozen)
+    if config.stage == "gates":
+        gate_files.save_gates(model, workdir / "gates", base_model=config.backbone, loss=config.loss)
+    else:
+        weights.save_backbone(model, workdir / "backbone")
+    return model
+
+
+def _loop(config: TrainConfig, workdir: pathlib.Path, state: TrainState, frozen, data, step_fn, manager) -> TrainState:
+    """Steps from `state.step` to the end. The device runs step n while the host writes the metrics of step n - 1."""
+    first = int(state.step)
+    batches: Iterator[pipeline.Batch] = iter(data)
+    with (
+        metrics.MetricWriter(workdir, first_step=first, steps=config.steps, label=config.stage) as writer,
+        _Stop() as stop,
+        _profiler(config, workdir) as profile,
+    ):
+        meter, pending = _Meter(config), None
+        for step in range(first + 1, config.steps + 1):
+            profile(step)
+            stop_by = distributed.largest(stop.requested)  # read below, after the step before: no step waits for it
+            state, result = step_fn(state, frozen, put_batch(next(batches)))
+            if pending is not None:
+                _report(writer, meter, config, *pending)
+            pending = (step, result)
+            stopped = int(stop_by)  # the same on all processes, so all save the same step
+            if step % config.checkpoint_every == 0 or step == config.steps or stopped:
+                _report(writer, meter, config, *pending)  # so that a state after a NaN is never saved
+                pending = None
+                checkpoint.save(manager, state, data.get_state())
+            if stopped:
+                manager.wait_until_finished()
+                name = signal.Signals(stopped).name
+                metrics.say(f"stopped by {name} after step {step}; the same command goes on from there")
+                raise SystemExit(128 + stopped)
+        manager.wait_until_finished()
+    return state
+
+
+def _report(writer: metrics.MetricWriter, meter: "_Meter", config: TrainConfig, step: int, result: StepMetrics) -> None:
+    loss = float(result.losses["loss"])  # waits for the step
+    if not math.isfinite(loss) or not math.isfinite(float(result.grad_norm)):
+        raise FloatingPointError(
+            f"step {step}: loss is {loss}, gradient norm {float(result.grad_norm)}; nothing was saved"
+        )
+    rates = meter.tick(step)
+    writer.progress(step, {"loss": f"{loss:.4f}", **{name: f"{rate:,.0f}" for name, rate in rates.items()}})
+    if step % config.log_every == 0 or step == config.steps:
+        scalars = {name: float(value) for name, value in result.losses.items()}
+        scalars |= {"grad_norm": float(result.grad_norm), **rates}
+        if result.retained is not None:
+            for (l, h), value in np.ndenumerate(np.asarray(result.retained)):
+                scalars[f"retained/layer{l}_head{h}"] = float(value)
+        writer.write(step, scalars)
+        if step % (10 * config.log_every) == 0 or step == config.steps:
+            metrics.say(f"step {step} of {config.steps}: loss {loss:.4f}, {_spoken(rates)}")
+
+
+def _spoken(rates: dict[str, float]) -> str:
+    return ", ".join(f"{value:,.1f} {name.replace('_', ' ')}" for name, value in rates.items())
+
+
+class _Meter:
+    """Rates over the time since the first step ended, so that compilation does not count."""
+
+    def __init__(self, config: TrainConfig):
+        self._tokens = config.data.batch_size * config.data.length
+        self._start: tuple[int, float] | None = None
+
+    def tick(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        if self._start is None:
+            self._start = (step, now)
+            return {}
+        rate = (step - self._start[0]) / (now - self._start[1])
+        return {"steps_per_second": rate, "tokens_per_second": rate * self._tokens}
+
+
+class _Stop:
+    """Turns SIGTERM and SIGINT into a request that the loop sees before its next step."""
+
+    requested: int = 0  # the signal
+
+    def __enter__(self) -> "_Stop":
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.requested = number
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _profiler(config: TrainConfig, workdir: pathlib.Path) -> Iterator[Callable[[int], None]]:
+    """A function to call before each step: traces the configured window of steps into `workdir/profile`."""
+    tracing = False
+
+    def before(step: int) -> None:
+        nonlocal tracing
+        inside = config.profile_start <= step < config.profile_start + config.profile_steps
+        if inside and not tracing:
+            jax.profiler.start_trace(str(workdir / "profile"))
+        if tracing and not inside:
+            jax.profiler.stop_trace()
+        tracing = inside
+
+    try:
+        yield before
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
+
+
+def run(config: TrainConfig, workdir: pathlib.Path) -> None:
+    """Everything a config asks for: the backbone if it trains one, the gates, and the evaluation."""
+    if config.stage == "gates" and config.backbone_steps:
+        backbone = dataclasses.replace(
+            config,
+            stage="backbone",
+            steps=config.backbone_steps,
+            optimizer=config.backbone_optimizer,
+            backbone_steps=0,
+        )
+        weights.save_backbone(train(backbone, workdir / "backbone_run"), workdir / "backbone")
+        distributed.gather("")  # process 0 wrote it, all read it
+        config = dataclasses.replace(config, backbone=str(workdir / "backbone"), backbone_steps=0, model=None)
+    model = train(config, workdir)
+    if config.eval.tasks:
+        evaluate.run(model, config.eval, config.data, workdir / "eval")
+
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The run's configuration, a file in configs/.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics, gates and the evaluation go.")
+distributed.define_flags(flags.FLAGS)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
+    config = config_io.from_config_dict(TrainConfig, _CONFIG.value)
+    workdir = pathlib.Path(typing.cast(str, _WORKDIR.value)).expanduser()
+    with distributed.joined(flags.FLAGS):
+        if jax.process_index() == 0:
+            print(json.dumps(config_io.to_dict(config), indent=2))
+        with jax.set_mesh(sharding.make_mesh(**config.mesh.over(jax.device_count()))):
+            run(config, workdir)
+
+
+if __name__ == "__main__":
+    jax.config.config_with_absl()
+    program_cache.keep_programs()
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

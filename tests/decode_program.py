@@ -1,0 +1,123 @@
+"""What the compiled decoding programs write; as a script, for a TPU that is not there: a JSON list for each program.
+
+    python tests/decode_program.py v5e:2x2
+
+Needs the libtpu wheel and no TPU.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+
+if __name__ == "__main__":  # before jax is imported: no TPU is looked for, and several compilers may run at once
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from retention_jax import cache, decoding, sampling
+from retention_jax.config import CacheConfig, GateConfig
+from retention_jax.model_config import ModelConfig
+from retention_jax.models.decoder import Decoder
+
+# Instructions whose result is no new array, or is written by the computations they call.
+NOT_WRITING = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+) (?P<opcode>[\w\-]+)\(")
+ARRAY = re.compile(r"\w+\[(?P<sizes>[\d,]*)\](?P<layout>\{[^}]*\})?")
+CALLED = re.compile(r"(?:body|condition|to_apply|true_computation|false_computation)=%([^\s,]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+def large_writes(compiled: jax.stages.Compiled, elements: int, *, evictions: bool = False) -> list[str]:
+    """Instructions of a compiled program that write an array of so many elements or more to memory, but for
+    evictions (loops under the name `evict`) unless asked for. Arrays in a TPU's vector memory, S(1), do not count."""
+    text = compiled.as_text()
+    assert text is not None
+    computations, name, entry = {}, "", ""
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%(\S+) \(.*\{$", line):
+            name = head[2]
+            computations[name], entry = [], name if head[1] else entry
+        elif name and (found := INSTRUCTION.match(line)):
+            computations[name].append((found, line))
+
+    def visit(name: str, seen: set[str]) -> Iterator[str]:
+        if name in seen:
+            return
+        seen.add(name)
+        for found, line in computations[name]:
+            arrays = list(ARRAY.finditer(found["type"]))
+            if found["opcode"].endswith("-start"):
+                arrays = arrays[:1]  # what is written; the others are its source and a semaphore
+            sizes = [
+                int(np.prod([int(n) for n in array["sizes"].split(",") if n]))
+                for array in arrays
+                if "S(1)" not in (array["layout"] or "")
+            ]
+            if found["opcode"] not in NOT_WRITING and max(sizes, default=0) >= elements:
+                yield f"{found['opcode']} {found['name']} {found['type']}"
+            if found["opcode"] == "while" and "/evict/" in line and not evictions:
+                continue
+            if found["opcode"] in ("while", "conditional", "call"):
+                branches = [b.strip(" %") for group in BRANCHES.findall(line) for b in group.split(",")]
+                for called in CALLED.findall(line) + branches:
+                    yield from visit(called, seen)
+
+    assert entry
+    return list(visit(entry, set()))
+
+
+def arguments(model: ModelConfig, budget: int, batch: int) -> tuple:
+    """Shapes of a model, a token and a mark for each row, and a buffer."""
+    gate = GateConfig(width=16, offset_init=1.0)
+    return (
+        nnx.eval_shape(lambda: Decoder(model, gate, rngs=nnx.Rngs(0))),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+        jax.ShapeDtypeStruct((batch,), bool),
+        jax.eval_shape(lambda: cache.empty(model, CacheConfig(budget=budget, recent=16), batch)),
+    )
+
+
+def lower_step(model, token, active, buffer, *, place=lambda tree: tree) -> jax.stages.Lowered:
+    """One token without eviction; `place` puts shapes on a device."""
+    step = jax.jit(decoding.decode_step, donate_argnames="buffer")
+    return step.lower(*place((model, token, active, buffer)))
+
+
+def lower_run(model, token, active, buffer, *, place=lambda tree: tree) -> jax.stages.Lowered:
+    """The loop of many tokens and their evictions."""
+    int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    drawing = jax.eval_shape(lambda: (jax.random.key(0), sampling.settings(0.0, 0, 1.0, 0.0)))
+    rest = (int32(), drawing[0], int32(*token.shape), drawing[1], int32(0), int32())
+    return decoding._decode_run.lower(*place((model, token, active, buffer, *rest)), 32)
+
+
+def main(topology: str) -> None:
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    place = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+    model = ModelConfig(
+        vocab_size=64,
+        num_layers=2,
+        width=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=128,
+        mlp_width=128,
+        dtype="bfloat16",
+    )
+    args = arguments(model, budget=2**17, batch=2)  # more than fits in vector memory, as real pools are
+    with jax.set_mesh(mesh):
+        for lower in (lower_step, lower_run):
+            print(json.dumps(large_writes(lower(*args, place=place).compile(), args[3].pool.k.size // 2)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,156 @@
+"""What every implementation of attention over the buffer must compute: a dense float64 softmax over exactly the keys
+that each head holds."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from buffer_cases import KINDS, SLOTS, B, K, R, attend, dense, make, with_other_slots, with_window
+
+from retention_jax.kernels import (
+    buffer_attention_tpu,
+    buffer_attention_triton,
+    buffer_attention_xla,
+    ops,
+    triton_blocks,
+)
+
+BF16 = ml_dtypes.bfloat16
+# Few programs, or the interpreter takes long; keys in steps so small that the pool's heads and the window are several.
+TRITON = functools.partial(
+    buffer_attention_triton.buffer_attention,
+    blocks=triton_blocks.BufferBlocks(programs=12, keys=16, rows=16, num_warps=4),
+)
+KERNELS: dict[str, Any] = {
+    "xla": buffer_attention_xla.buffer_attention,
+    "tpu": buffer_attention_tpu.buffer_attention,
+    "triton": TRITON,
+}
+everyone = pytest.mark.parametrize("op", [*KERNELS.values()], ids=KERNELS)
+
+
+@everyone
+def test_by_hand(op):
+    # One head of size 4, scale 1/2. Pool slots 1 and 2 and the first recent token are its own: logits 0, log 3 and
+    # log 4, so weights 1/8, 3/8 and 4/8.
+    x = lambda *values: jnp.array(values, jnp.float32)[:, None] * jnp.eye(4, dtype=jnp.float32)[:1]
+    part = op(
+        x(2.0)[None, :, None],
+        pool_k=x(9.0, 0.0, np.log(3), 9.0)[None],
+        pool_v=x(100.0, 8.0, 16.0, 100.0)[None],
+        offset=jnp.array([[1, 3]], jnp.int32),
+        recent_k=x(np.log(4), 9.0)[None, None],
+        recent_v=x(24.0, 100.0)[None, None],
+        recent_len=jnp.array([1], jnp.int32),
+    )
+    np.testing.assert_allclose(part.out.ravel(), [1 + 6 + 12, 0, 0, 0], rtol=1e-5)
+    np.testing.assert_allclose(part.lse.ravel(), [np.log(8)], rtol=1e-5)
+
+
+# Fewer cases than for plain XLA below: an interpreted kernel is slow.
+@everyone
+@pytest.mark.parametrize("T, groups, kind", [(1, 1, "ragged"), (1, 8, "empty heads"), (7, 3, "one owns all")])
+def test_equals_a_dense_softmax(op, T, groups, kind):
+    x = make(0, kind, T, groups, (-2, 1, R + 3))
+    np.testing.assert_allclose(attend(op, x), dense(x), rtol=2e-5, atol=2e-5)
+    # Rows of a head, of others, and what no head holds.
+    np.testing.assert_array_equal(attend(op, with_other_slots(x, 1e4)), attend(op, x))
+
+
+@everyone
+@pytest.mark.parametrize("T, size", [(1, 40), (7, 3), (7, np.iinfo(np.int32).max)])
+def test_a_sliding_window_hides_older_keys(op, T, size):
+    x = with_window(make(T, "ragged", T, 2, (0, 3, R)), 0, size)
+    np.testing.assert_allclose(attend(op, x), dense(x), rtol=2e-5, atol=2e-5)
+
+
+@everyone
+@pytest.mark.parametrize("H, dtype", [(64, np.float32), (96, BF16), (128, BF16), (256, np.float32)])
+def test_loses_no_more_than_plain_xla(op, H, dtype: Any):
+    x = make(H, "ragged", 3, 2, (2, 0, R), dtype, H)
+    want = dense(x)
+    of_op, of_plain = (
+        np.abs(attend(o, x).astype(np.float64) - want).max() for o in (op, buffer_attention_xla.buffer_attention)
+    )
+    assert of_op <= 2 * of_plain + 4e-6 * np.abs(want).max()
+
+
+@everyone
+def test_logits_of_any_size(op):
+    x = make(1, "ragged", 7, 2, (2, 0, R))
+    x["q"] *= 1000  # logits of some thousands, which float32 holds to 2e-4
+    np.testing.assert_allclose(attend(op, x), dense(x), rtol=0, atol=5e-3)
+
+
+@everyone
+def test_without_a_key_a_part_weighs_nothing(op):
+    x = {name: jnp.asarray(a) for name, a in make(0, "empty", 2, 2, (0, 0, 0)).items() if name not in ("k", "v")}
+    part = op(**x)
+    np.testing.assert_array_equal(part.out, np.zeros((B, 2, 2 * K, 8)))
+    np.testing.assert_array_equal(part.lse, np.full((B, 2, 2 * K), -np.inf))
+    np.testing.assert_array_equal(ops.merge([part, part]).out, part.out)
+
+
+XLA = buffer_attention_xla.buffer_attention
+
+
+@pytest.mark.parametrize("T, groups, kind", list(itertools.product((1, 7), (1, 2, 4), KINDS)))
+def test_xla_equals_a_dense_softmax(T, groups, kind):
+    for seed, recent_len in enumerate(((0, 1, R), (R, 0, 3))):
+        x = make(seed, kind, T, groups, recent_len)
+        np.testing.assert_allclose(attend(XLA, x), dense(x), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("T, kind", list(itertools.product((1, 7), KINDS)))
+def test_xla_hides_keys_older_than_a_sliding_window(T, kind):
+    for seed, size in enumerate((1, 3, 7, 40, np.iinfo(np.int32).max)):
+        x = make(seed, kind, T, 2, (0, 3, R))
+        slid = with_window(x, seed, size)
+        np.testing.assert_allclose(attend(XLA, slid), dense(slid), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(attend(XLA, slid), attend(XLA, x), rtol=1e-5, atol=1e-6)  # the last one hides nothing
+
+
+@pytest.mark.parametrize("length", range(R + 1))
+def test_recent_windows_of_every_length(length):
+    x = make(length, "ragged", 1, 2, (length, R - length, 0))
+    np.testing.assert_allclose(attend(XLA, x), dense(x), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("T", (1, 7))
+def test_bfloat16_is_as_good_as_a_dense_softmax_of_its_inputs(T):
+    # Rounding of inputs and output alone, everything between in float64, is the error nobody can avoid.
+    exact = make(2, "ragged", T, 2, (2, 0, R))
+    rounded = make(2, "ragged", T, 2, (2, 0, R), dtype=ml_dtypes.bfloat16)
+    want = dense(exact)
+    error = lambda out: np.abs(out.astype(np.float64) - want).max()
+    assert error(attend(XLA, rounded)) <= 1.5 * error(dense(rounded).astype(ml_dtypes.bfloat16)) < 0.2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cost_follows_live_entries(kind, monkeypatch):
+    # The loop over the pool makes one step for each block of each head, in the row that has most of them.
+    x = make(3, kind, 1, 2, (0, 0, 0))
+    block = buffer_attention_xla.block_size(SLOTS, K)
+    trips, loop = [], jax.lax.fori_loop
+
+    def counting_loop(lower, upper, body, init):
+        trips.append(int(upper) - int(lower))
+        return loop(lower, upper, body, init)
+
+    monkeypatch.setattr(jax.lax, "fori_loop", counting_loop)
+    q = jnp.asarray(x["q"]).reshape(B, K, 2, -1)
+    buffer_attention_xla._pool_part(q, jnp.asarray(x["pool_k"]), jnp.asarray(x["pool_v"]), jnp.asarray(x["offset"]))
+    blocks = [sum(-(-n // block) for n in np.diff(row).tolist()) for row in x["offset"]]
+    assert trips == [max(blocks)]
+    assert max(blocks) <= SLOTS // block + K  # never heads times the fullest one
+
+
+@pytest.mark.parametrize("slots, heads", list(itertools.product((1, 5, 16, 1000, 10**6), (1, 2, 8))))
+def test_blocks_fit_the_pool(slots, heads):
+    block = buffer_attention_xla.block_size(slots, heads)
+    assert 1 <= block <= min(slots, 256)

@@ -1,0 +1,91 @@
+"""What every implementation of an eviction must do: the survivors that a sort finds, packed byte for byte."""
+
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from evict_cases import any_bytes, make, pack, packed, select, survivors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retention_jax.kernels import evict_pack_tpu, evict_pack_triton, evict_select_tpu, evict_xla
+
+SELECT: dict[str, Any] = {"xla": evict_xla.select_top, "tpu": evict_select_tpu.select_top}
+PACK: dict[str, Any] = {
+    "xla": evict_xla,
+    "tpu": evict_pack_tpu,
+    "triton": types.SimpleNamespace(pack_order=evict_xla.pack_order, pack_rows=evict_pack_triton.pack_rows),
+}
+
+jit = functools.partial(jax.jit, static_argnames=("capacity", "groups", "shared"))
+every_select = pytest.mark.parametrize("op", [*map(jit, SELECT.values())], ids=SELECT)
+every_pack = pytest.mark.parametrize("module", [*PACK.values()], ids=PACK)
+# Ragged; empty heads and an empty row; one head that owns all; a pool that is full.
+SIZES = [[5, 300, 41, 0], [0, 0, 0, 0], [0, 0, 400, 0], [100, 100, 100, 100]]
+
+
+@every_select
+@pytest.mark.parametrize("scores", ["spread", "tied", "equal", "by token"])
+@pytest.mark.parametrize("capacity, groups", [(400, 1), (60, 1), (60, 4), (2000, 1)])
+def test_who_survives(op, scores, capacity, groups):
+    x = make(0, SIZES, slots=400, window=13, scores=scores)
+    got = select(op, x, capacity, groups)
+    np.testing.assert_array_equal(got, survivors(x, capacity, groups))
+    np.testing.assert_array_equal(select(op, x, capacity, groups), got)
+
+
+@every_pack
+@pytest.mark.parametrize("shape, dtype", [((128,), ml_dtypes.bfloat16), ((96,), np.float32), ((), np.float32)])
+def test_what_survives_keeps_its_bytes(module, shape, dtype: Any):
+    x = make(1, SIZES, slots=400, window=13, scores="spread")
+    pool, window = any_bytes(2, dtype, 4, 400, *shape), any_bytes(3, dtype, 4, 52, *shape)
+    for capacity, groups in ((400, 1), (20, 4)):
+        keep = survivors(x, capacity, groups)
+        got, offset = pack(module, x, keep, pool, window)
+        want, want_offset = packed(x, keep, pool, window)
+        np.testing.assert_array_equal(offset, want_offset)
+        assert got.tobytes() == want.tobytes()
+
+
+scores = st.floats(width=32, allow_nan=False, allow_subnormal=False) | st.sampled_from(
+    [np.inf, -np.inf, 0.0, -0.0, 1.0]
+)
+E = 18
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    score=st.lists(scores, min_size=E, max_size=E) | st.builds(lambda x: [x] * E, scores),
+    head=st.lists(st.integers(0, 2), min_size=E, max_size=E),
+    live=st.lists(st.booleans(), min_size=E, max_size=E),
+    capacity=st.sampled_from([1, 4, E]),
+    groups=st.sampled_from([1, 3]),
+)
+def test_select_top_equals_a_sort(score, head, live, capacity, groups):
+    # Two rows, the second one turned around, so that every search runs beside another.
+    score, head, live = (np.asarray(a, t) for a, t in ((score, np.float32), (head, np.int32), (live, bool)))
+    pos = np.zeros(E, np.int32)
+    for h in range(3):
+        pos[head == h] = np.arange((head == h).sum())  # a token is in several heads, in each once
+    rows = [(a, a[::-1]) for a in (score, pos, head, live)]
+    got = jit(evict_xla.select_top)(*(jnp.stack(r) for r in rows), capacity=capacity, groups=groups)
+    for row in range(2):
+        score, pos, head, live = (r[row] for r in rows)
+        order = np.lexsort((head, -pos, -score))
+        of = (order, order, order) if groups == 1 else tuple(order[head[order] == h] for h in range(3))
+        want = sorted({int(e) for group in of for e in group[live[group]][:capacity]})
+        assert np.flatnonzero(got[row]).tolist() == want
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(scores, min_size=E, max_size=E))
+def test_order_key_keeps_order(score):
+    score = np.asarray(score, np.float32)
+    key = np.asarray(evict_xla.order_key(jnp.asarray(score)[None]))[0]
+    np.testing.assert_array_equal(key[:, None] < key[None], score[:, None] < score[None])
+    np.testing.assert_array_equal(key[:, None] == key[None], score[:, None] == score[None])

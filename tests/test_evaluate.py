@@ -1,0 +1,321 @@
+"""The evaluation: scores worked out by hand, complete rows, results that survive a failed write, clear refusals."""
+
+import dataclasses
+import inspect
+import json
+import os
+
+import numpy as np
+import pytest
+from absl import app, flags
+from helpers import tiny_config, tiny_model
+
+from retention_jax import config_io, evaluate, plots
+from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
+from retention_jax.models import gate_files, weights
+from retention_jax.tasks import recall
+
+DATA = DataConfig()
+SMALL = EvalConfig(budgets=(3,), lengths=(36,), recent=6, examples=3, seeds=2)  # one shape everywhere: compiled once
+TEXT = dataclasses.replace(SMALL, tasks=("text",), policies=("full", "retention"), budgets=(3, 40))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(vocab_size=257)
+
+
+def text_data(cache, size=4000):
+    path = cache / "some.txt"
+    path.write_bytes(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8).tobytes())
+    return DataConfig(task="text", path=str(path), length=32, document_lengths=(32,), cache_dir=str(cache))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return text_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(model, text, tmp_path_factory):
+    """Rows, folder and screen of one run on text, with a budget that evicts and one that holds everything."""
+    output = tmp_path_factory.mktemp("eval") / "new" / "folder"
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.tqdm.tqdm, "write", lambda text: lines.append(text))
+        rows = evaluate.run(model, TEXT, text, output)
+    return rows, output, "\n".join(lines)
+
+
+def row(**changes):
+    one = plots.Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 1, 1.0)
+    return one._replace(**changes)
+
+
+# What a score is.
+
+
+def test_accuracy_by_hand():
+    tokens = np.array([[5, 6, 7, 8], [1, 2, 3, 4]])
+    label_mask = np.array([[True, True, False, True], [False, False, False, True]])  # the first token has no prediction
+    best = np.array([[6, 0, 9], [2, 3, 4]])  # of the labelled 6, 8 and 4: right, wrong, right
+    assert evaluate.accuracy(best, tokens, label_mask) == pytest.approx(2 / 3)
+
+
+def test_bits_per_byte_by_hand():
+    log_prob = np.log(np.array([[1 / 2, 1 / 4, 1 / 3], [1 / 8, 1 / 3, 1.0]], np.float32))
+    label_mask = np.array([[True, True, True, False], [True, True, False, True]])
+    assert evaluate.bits_per_byte(log_prob, label_mask) == pytest.approx((1 + 2 + 3 + 0) / 4)
+
+
+def test_interval_by_hand():
+    half = 4.303 * 1 / 3**0.5  # t(0.975; 2) as printed tables have it, s = 1, n = 3
+    assert evaluate.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
+    assert evaluate.interval([0.5]) == (0.5, 0.5, 0.5)
+
+
+# What is evaluated.
+
+
+def test_policy_names():
+    make = lambda name: evaluate.cache_config(name, 16, 8, 192, 7)
+    assert make("full") == CacheConfig(budget=192, recent=8)
+    assert make("retention") == CacheConfig(budget=16, recent=8)
+    assert make("retention_local") == CacheConfig(budget=16, recent=8, local=True)
+    assert make("streaming") == CacheConfig(budget=16, recent=8, policy="streaming")
+    assert make("random") == CacheConfig(budget=16, recent=8, policy="random", seed=7)
+    with pytest.raises(ValueError, match="unknown policy 'h2o'; known: full, retention, retention_local"):
+        make("h2o")
+
+
+def test_recall_examples_differ_by_seed_only():
+    one, mask = evaluate.examples("recall", SMALL, DATA, 36)
+    assert one.shape == mask.shape == (2, 3, 36) and mask[..., 1:].any(axis=-1).all()
+    np.testing.assert_array_equal(one, evaluate.examples("recall", SMALL, DATA, 36)[0])
+    later, _ = evaluate.examples("recall", EvalConfig(examples=3, seeds=2, seed=1), DATA, 36)
+    np.testing.assert_array_equal(one[1], later[0])
+    assert len(np.unique(np.concatenate([one, later[1:]]).reshape(-1, 36), axis=0)) == 9
+
+
+def test_text_examples_share_no_row_between_seeds(tmp_path):
+    data = text_data(tmp_path)  # 400 bytes are held out: 8 rows of 48
+    config = EvalConfig(tasks=("text",), examples=100, seeds=3)
+    tokens, mask = evaluate.examples("text", config, data, 48)
+    assert tokens.shape == mask.shape == (3, 2, 48) and mask.all()
+    assert len(np.unique(tokens.reshape(6, 48), axis=0)) == 6
+    with pytest.raises(ValueError, match="8 held-out rows of 48 tokens, too few for 9 seeds"):
+        evaluate.examples("text", EvalConfig(tasks=("text",), seeds=9), data, 48)
+
+
+# A run.
+
+
+def test_rows_are_complete(evaluated):
+    rows, _, _ = evaluated
+    assert [(r.policy, r.budget) for r in rows] == [("full", 36), ("retention", 3), ("retention", 40)]
+    full_bytes = 2 * 2 * 36 * 2 * 8 * 4  # layers, heads, tokens, key and value, head size, float32
+    for r in rows:
+        assert (r.task, r.length, r.metric, r.n, r.seeds) == ("text", 36, "bits_per_byte", 2 * 3 * 35, 2)
+        assert 5 < r.score < 20, "an untrained model of 257 tokens needs about 8 bits"
+        assert r.low < r.score < r.high and r.seconds > 0
+        assert r.full_kv_bytes == full_bytes
+        # A slot of the buffer also has log_beta and a position, 4 bytes each.
+        assert r.kv_bytes == (full_bytes if r.policy == "full" else 2 * 2 * (r.budget + 6) * (2 * 8 * 4 + 8))
+
+
+def test_only_a_budget_that_holds_everything_scores_as_the_full_cache(evaluated):
+    full, evicted, held = evaluated[0]
+    numbers = lambda r: (r.score, r.low, r.high)
+    assert numbers(held) == pytest.approx(numbers(full), rel=1e-5)
+    assert numbers(evicted) != pytest.approx(numbers(full), rel=1e-3)
+
+
+def test_blocks_of_logits_change_nothing(model, monkeypatch):
+    tokens = evaluate.examples("recall", SMALL, DATA, 36)[0][0]
+    whole = evaluate.score_full(model, tokens)
+    monkeypatch.setattr(evaluate, "_LOGITS_BLOCK", 16)
+    blocks = inspect.unwrap(evaluate.score_full)(model, tokens)
+    np.testing.assert_allclose(whole.log_prob, blocks.log_prob, atol=1e-6)
+    np.testing.assert_array_equal(whole.best, blocks.best)
+
+
+def test_same_seed_same_numbers_and_other_seed_other_numbers(evaluated, model, text):
+    again, other = (evaluate.run(model, dataclasses.replace(TEXT, seed=seed), text, None) for seed in (0, 1))
+    untimed = lambda rows: [r._replace(seconds=0.0) for r in rows]
+    assert untimed(again) == untimed(evaluated[0])
+    assert all(a.score != b.score for a, b in zip(again, other, strict=True))
+
+
+def test_results_read_back_as_rows(evaluated):
+    rows, output, _ = evaluated
+    assert [plots.Row(**r) for r in json.loads((output / "results.json").read_text())] == rows
+    assert sorted(os.listdir(output)) == ["quality_text.png", "results.json"]
+
+
+def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    evaluate.save([row()], path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        evaluate.save([row(), row(score=float("nan"))], path)
+
+    def disk_full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        evaluate.save([row(budget=1)], path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_table_on_screen(evaluated):
+    rows, _, screen = evaluated
+    assert screen.strip() == evaluate.table(rows)
+    full = row(policy="full", budget=768, score=0.611, low=0.601, high=0.621)
+    text = evaluate.table(
+        [full, row(budget=16, score=0.5, low=0.488, high=0.512), row(), row(policy="random", score=0.1)]
+    )
+    assert text.splitlines() == [
+        "recall, 768 tokens: % of answers right, mean ± half the 95 % interval over 5 seeds",
+        "kept per layer and head          16          48",
+        "retention                50.0 ± 1.2  75.0 ± 2.0",
+        "random                               10.0 ± 2.0",
+        "full cache               61.1 ± 1.0",
+    ]
+    alone = evaluate.table([row(task="text", metric="bits_per_byte", policy="full", score=2.34567, seeds=1)])
+    assert alone.splitlines()[1].split() == ["full", "cache", "2.346"]
+
+
+# Figures.
+
+
+def test_figure_is_a_picture(evaluated, tmp_path):
+    _, output, _ = evaluated
+    assert (output / "quality_text.png").read_bytes().startswith(b"\x89PNG")
+    plots.quality([row(policy="full", budget=768)], tmp_path / "full.png")
+    plots.quality([row(), row(length=192)], tmp_path / "one.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("full.png", "one.png"))
+    with pytest.raises(ValueError, match="rows of one task"):
+        plots.quality([row(), row(task="text")], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    "full, wanted",
+    [
+        ((0.61, 0.60, 0.62), "retention with 48 of 768 entries\nbeats the full cache by 14.0 points"),
+        ((0.76, 0.74, 0.78), "retention with 48 of 768 entries is level with the full cache"),
+        ((0.90, 0.89, 0.91), "retention with 48 of 768 entries\nfalls short of the full cache by 15.0 points"),
+    ],
+)
+def test_title_says_what_the_longest_rows_show(full, wanted):
+    longest = [row(policy="full", budget=768)._replace(score=full[0], low=full[1], high=full[2]), row()]
+    others = [row(policy="random", score=0.2), row(budget=768, score=1.0), row(length=192, score=0.99)]
+    assert plots.message(longest + others) == f"recall at 768 tokens: {wanted}"
+
+
+def test_title_knows_that_fewer_bits_are_better():
+    text = row(task="text", metric="bits_per_byte")
+    rows = [
+        text._replace(policy="full", budget=768, score=2.5, low=2.4, high=2.6),
+        text._replace(score=2.0, low=2.0, high=2.0),
+    ]
+    rows.append(text._replace(policy="random", score=3.0, low=3.0, high=3.0))
+    assert plots.message(rows).endswith("retention with 48 of 768 entries\nbeats the full cache by 0.500 bits per byte")
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tasks": ["recal"]}, "unknown task 'recal'; known: recall, text"),
+        ({"policies": ["full", "h2o"]}, "unknown policy 'h2o'; known: full, retention"),
+        ({"tasks": ["text"]}, "needs a config whose data.task is 'text', got 'recall'"),
+        ({"lengths": ["192", "8"]}, "'recall' needs lengths of at least 9"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"budgets": ["16", "x"]}, "--budgets must be whole numbers separated by commas, got 'x'"),
+        ({"lengths": ["-3"]}, "--lengths must be whole numbers separated by commas, got '-3'"),
+        ({"budgets": ["0"]}, "budgets must be at least 1"),
+        ({"tasks": []}, "no task is named; known: recall, text"),
+    ],
+)
+def test_bad_flags_are_refused(changes, message):
+    given = dict.fromkeys(("tasks", "policies", "budgets", "lengths", "seed")) | changes
+    with pytest.raises(ValueError, match=message):
+        evaluate.check(evaluate.override(EvalConfig(), **given), DATA)
+
+
+def test_flags_replace_only_what_they_name():
+    nothing = dict.fromkeys(("tasks", "policies", "budgets", "lengths", "seed"))
+    assert evaluate.override(SMALL, **nothing) == SMALL
+    some = evaluate.override(SMALL, **(nothing | {"budgets": ["4", "8"], "seed": 3}))
+    assert (some.budgets, some.seed, some.lengths) == ((4, 8), 3, SMALL.lengths)
+
+
+def test_a_vocabulary_too_small_is_refused():
+    with pytest.raises(ValueError, match="task 'recall' has token 6[0-3]; the model's vocabulary is 32"):
+        evaluate.run(tiny_model(), SMALL, DATA, None)
+
+
+def test_where_gates_and_backbone_are(tmp_path, model):
+    run, gates = tmp_path / "run", tmp_path / "run" / "gates"
+    (run / "backbone").mkdir(parents=True)
+    find = lambda checkpoint, backbone="", policies=("retention",): evaluate.checkpoint_folders(
+        str(checkpoint), str(backbone), policies
+    )
+    with pytest.raises(ValueError, match="neither gates.safetensors nor gates/"):
+        find(run)
+    assert find(run, policies=("full", "streaming")) == (str(run / "backbone"), None)
+    gate_files.save_gates(model, gates)
+    assert find(run) == find(gates) == (str(run / "backbone"), str(gates))
+    assert find(gates, backbone=tmp_path) == (str(tmp_path), str(gates))
+    assert find("", backbone=tmp_path, policies=("full",)) == (str(tmp_path), None)
+    with pytest.raises(ValueError, match="--checkpoint must name"):
+        find("", backbone=tmp_path)
+    with pytest.raises(ValueError, match="no such checkpoint folder"):
+        find(tmp_path / "nowhere")
+
+
+# The command.
+
+
+# ml_collections imports config files by a call that Python 3.12 deprecates.
+reads_config = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+def command(tmp_path, *arguments):
+    """Runs main on flags of its own, with a config that trains its backbone."""
+    path = tmp_path / "config.py"
+    path.write_text(
+        "import pathlib, json, ml_collections\n\n\ndef get_config():\n    values = json.loads("
+        "(pathlib.Path(__file__).parent / 'config.json').read_text())\n"
+        "    return ml_collections.ConfigDict(values, convert_dict=True)\n"
+    )
+    config = TrainConfig(stage="gates", model=tiny_config(vocab_size=257), data=DATA, eval=SMALL, backbone_steps=1)
+    (tmp_path / "config.json").write_text(json.dumps(config_io.to_dict(config)))
+    values = flags.FlagValues()
+    evaluate.define_flags(values)
+    evaluate.main(values(["evaluate", f"--config={path}", *arguments]), values)
+
+
+@reads_config
+def test_command_from_workdir_to_results(tmp_path, model, capsys):
+    weights.save_backbone(model, tmp_path / "run" / "backbone")
+    gate_files.save_gates(model, tmp_path / "run" / "gates")
+    output = tmp_path / "out"
+    command(tmp_path, f"--checkpoint={tmp_path / 'run'}", f"--output={output}", "--policies=full,retention", "--seed=4")
+    rows = [plots.Row(**r) for r in json.loads((output / "results.json").read_text())]
+    assert [(r.policy, r.budget) for r in rows] == [("full", 36), ("retention", 3)]
+    assert all(r.metric == "accuracy" and r.n == 2 * 3 * round(recall.QUERY_SHARE * 12) for r in rows)
+    assert evaluate.table(rows) in capsys.readouterr().out
+
+
+@reads_config
+def test_command_refuses_before_it_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "load", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="unknown policy 'h2o'; known: full"):
+        command(tmp_path, f"--checkpoint={tmp_path}", "--policies=h2o")
+    with pytest.raises(app.UsageError, match="unexpected arguments"):
+        command(tmp_path, "recall")
