@@ -43,7 +43,8 @@ def figure(results: Sequence[Result], path: str | os.PathLike) -> None:
     lines = list(dict.fromkeys((r.policy, r.budget if r.policy != "full" else 0) for r in results))
     most = max(budget for _, budget in lines)
     shown = Figure(figsize=(12.0, 4.6 + 1.9 * layers), layout="constrained")
-    top, below = np.ravel(shown.subfigures(2, 1, height_ratios=(4.0, 0.3 + 1.9 * layers)))
+    halves: Any = shown.subfigures(2, 1, height_ratios=(4.0, 0.3 + 1.9 * layers))  # typed as one figure, is two
+    top, below = halves
     dilution, accuracy, margin = top.subplots(1, 3)
     last = lambda r: r.dilution[:, -1].mean(axis=-1)
     for axes, value, name in (
