@@ -168,7 +168,7 @@ class DataConfig:
     batch_size: int = 32  # rows a step, over all processes
     path: str = ""  # text: the file to read
     heldout: float = 0.1  # text: share of the file, at its end, kept for evaluation
-    files: tuple[str, ...] = ()  # chat: sources, see `data/conversations.py`: FILE, *.parquet, hf://datasets/...
+    files: tuple[str, ...] = ()  # chat: sources, see `data/sources.py`: FILE, *.parquet, hf://datasets/...
     weights: tuple[float, ...] = ()  # chat: how often documents come from each of `files`; () by how many they have
     tokenizer: str = ""  # chat: checkpoint that the tokenizer is from; in a TrainConfig, "" is the backbone
     chat_template: str = ""  # chat: Jinja file in place of the tokenizer's own template

@@ -18,7 +18,7 @@ from text_helpers import save_tokenizer, write_rows
 from retention_jax import train
 from retention_jax.chat import Message
 from retention_jax.config import DataConfig, EvalConfig, GateConfig, LossConfig, OptimizerConfig, TrainConfig
-from retention_jax.data import builders, conversations, pipeline, show
+from retention_jax.data import builders, conversations, pipeline, show, sources
 from retention_jax.models import weights
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -82,7 +82,7 @@ def test_stored_documents_are_the_encoded_rows(folder):
     config = config_of(folder, "short.jsonl", "long.parquet", "text.json")
     known = builders.load_tokenizer(config)
     for source, made in zip(config.files, stored(config), strict=True):
-        samples = list(conversations.read(conversations.files_of(source)))
+        samples = list(conversations.read(sources.files_of(source)))
         assert len(made) == len(samples) > 0
         for document, sample in zip(made, samples, strict=True):
             tokens, labels = builders.encode(known, sample)

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from text_helpers import write_rows
 
-from retention_jax.data import conversations
+from retention_jax.data import conversations, sources
 
 ASKED = [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four."}]
 
@@ -183,7 +183,7 @@ def test_sources(tmp_path, monkeypatch):
     for name in ("b.jsonl", "a.jsonl", "[x].json", "notes.txt"):
         (tmp_path / name).write_text("")
     (tmp_path / "folder").mkdir()
-    names = lambda source: [path.name for path in conversations.files_of(str(source))]
+    names = lambda source: [path.name for path in sources.files_of(str(source))]
     assert names(tmp_path / "*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert names(tmp_path / "[x].json") == ["[x].json"]
     for source, message in (
@@ -192,8 +192,8 @@ def test_sources(tmp_path, monkeypatch):
         (tmp_path / "*.txt", r"notes\.txt' must end in one of \.jsonl, \.json, \.parquet"),
         ("hf://datasets/only/two", r"'hf://datasets/only/two' must be hf://datasets/ORG/NAME/FILE"),
     ):
-        with pytest.raises(ValueError, match=f"DataConfig.files: .*{message}"):
-            conversations.files_of(str(source))
+        with pytest.raises(ValueError, match=message):
+            sources.files_of(str(source))
     asked = []
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or str(tmp_path)
@@ -207,4 +207,16 @@ def test_sources(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
     with pytest.raises(ValueError, match="hf://datasets/org/name/x.jsonl' cannot be downloaded: no network"):
-        conversations.files_of("hf://datasets/org/name/x.jsonl")
+        sources.files_of("hf://datasets/org/name/x.jsonl")
+
+
+def test_objects_of_a_source(tmp_path):
+    for i in range(2):
+        write_rows(tmp_path / f"{i}.jsonl", [{"n": i}, {"n": i + 10}])
+    assert sources.objects(str(tmp_path / "*.jsonl")) == [{"n": 0}, {"n": 10}, {"n": 1}, {"n": 11}]
+    (tmp_path / "1.jsonl").write_text('{"n": 1}\n[2]\n{"n":')
+    with pytest.raises(ValueError, match=r"line 2: must be an object\n.*1\.jsonl, line 3: not valid JSON"):
+        sources.objects(str(tmp_path / "*.jsonl"))
+    (tmp_path / "2.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"2\.jsonl: has no rows"):
+        sources.objects(str(tmp_path / "2.jsonl"))

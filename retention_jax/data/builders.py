@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int32, UInt8
 
 from retention_jax import chat, tokenizer
 from retention_jax.config import DataConfig
-from retention_jax.data import conversations
+from retention_jax.data import conversations, sources
 from retention_jax.data.conversations import Sample
 from retention_jax.models import weights
 from retention_jax.tasks import recall
@@ -234,7 +234,7 @@ def chat_configs(config: DataConfig) -> list[ChatConfig]:
     """One for each source, named by its files' bytes and by all that turns them into tokens.
 
     Raises:
-      ValueError: as `load_tokenizer` and `conversations.files_of` do.
+      ValueError: as `load_tokenizer` and `sources.files_of` do.
     """
     known = load_tokenizer(config)
     fields: dict[str, Any] = {name: getattr(config, name) for name in ("length", "min_length", "too_long")}
@@ -242,7 +242,7 @@ def chat_configs(config: DataConfig) -> list[ChatConfig]:
     fields |= {"tokenizers": tokenizers.__version__}
     made = []
     for source in config.files:
-        paths = conversations.files_of(source)
+        paths = sources.files_of(source)
         name = _name(fields, json.dumps(encoding).encode(), *map(_digest, paths))
         description = json.dumps(fields | {"source": source})
         made.append(

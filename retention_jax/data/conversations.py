@@ -1,24 +1,14 @@
 """Rows of data files as conversations, or as plain text.
 
-A source is a file, a glob of files, or `hf://datasets/ORG/NAME/FILE` (also a glob, NAME@REVISION pins it):
-
-    *.jsonl    an object a line          *.json    a list of objects, or an object a line          *.parquet
-
 What a file holds is recognised from its columns, `LAYOUTS`. Other columns are not read.
 """
 
-import glob
-import json
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import huggingface_hub
-import pyarrow
-import pyarrow.parquet
-
 from retention_jax.chat import Message
+from retention_jax.data import sources
 
 _MOST_PROBLEMS = 10  # told at once
 
@@ -39,37 +29,6 @@ class Layout(NamedTuple):
     read: Callable[..., list[Message] | str]  # of the columns' values; raises ValueError
 
 
-def files_of(source: str) -> list[pathlib.Path]:
-    """The files of one source, sorted by name; those of the hub are downloaded once.
-
-    Raises:
-      ValueError: when there are none, one has an unknown ending, or the download fails.
-    """
-    pattern = _download(source) if source.startswith("hf://") else pathlib.Path(source).expanduser()
-    found = [pattern] if pattern.is_file() else sorted(map(pathlib.Path, glob.glob(str(pattern), recursive=True)))
-    found = [path for path in found if path.is_file()]
-    if not found:
-        hint = f"; it is a folder, {source}/* would be its files" if pattern.is_dir() else ""
-        raise ValueError(f"DataConfig.files: {source!r} names no file{hint}")
-    if unknown := [str(path) for path in found if path.suffix not in _READERS]:
-        raise ValueError(f"DataConfig.files: {unknown[0]!r} must end in one of {', '.join(_READERS)}")
-    return found
-
-
-def _download(source: str) -> pathlib.Path:
-    match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", source)
-    if match is None:
-        raise ValueError(f"DataConfig.files: {source!r} must be hf://datasets/ORG/NAME/FILE")
-    repository, revision, inside = match.groups()
-    try:
-        folder = huggingface_hub.snapshot_download(
-            repository, repo_type="dataset", revision=revision, allow_patterns=[inside]
-        )
-    except Exception as error:  # of the hub's own, of HTTP and of the file system
-        raise ValueError(f"DataConfig.files: {source!r} cannot be downloaded: {error}") from error
-    return pathlib.Path(folder, inside)
-
-
 def read(paths: Sequence[pathlib.Path]) -> Iterator[Sample]:
     """The rows of the files, in order.
 
@@ -80,7 +39,7 @@ def read(paths: Sequence[pathlib.Path]) -> Iterator[Sample]:
     problems: list[str] = []
     for path in paths:
         layout, rows = None, 0
-        for place, row in _READERS[path.suffix](path):
+        for place, row in sources.rows(path, _needed):
             rows += 1
             try:
                 layout = layout or _layout(row)
@@ -196,6 +155,12 @@ LAYOUTS = (
 )
 
 
+def _needed(columns: Sequence[str]) -> list[str] | None:
+    """The columns to read out of a file that has these; all of them where they fit no layout."""
+    layout = _fitting(columns)
+    return None if layout is None else list(layout.columns)
+
+
 def _fitting(columns: Iterable[str]) -> Layout | None:
     return next((layout for layout in LAYOUTS if set(layout.columns) <= set(columns)), None)
 
@@ -220,51 +185,3 @@ def _content(layout: Layout, row: Any) -> list[Message] | str:
         return layout.read(*(row[name] for name in layout.columns))
     except ValueError as error:
         raise ValueError(f"{', '.join(layout.columns)}: {error}") from None
-
-
-# Files: the place and value of every row, or a ValueError in its place.
-
-
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"line {number}", _parsed(line)
-
-
-def _json(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        is_list = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    if not is_list:
-        yield from _json_lines(path)
-        return
-    rows = _parsed(path.read_bytes())
-    if isinstance(rows, ValueError):
-        yield "list", rows
-    else:
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _parsed(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        return ValueError(f"not valid JSON: {error.msg} at {at}")
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"not valid JSON: {error}")
-
-
-def _parquet(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    done = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            layout = _fitting(file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=256, columns=None if layout is None else list(layout.columns)):
-                yield from ((f"row {number}", row) for number, row in enumerate(batch.to_pylist(), done + 1))
-                done += len(batch)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield f"after row {done}", ValueError(f"not valid Parquet: {error}")
-
-
-_READERS = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}

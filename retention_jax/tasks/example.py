@@ -1,0 +1,32 @@
+"""What a benchmark is made of: texts to read, questions to answer, and a score for each answer."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Turn(NamedTuple):
+    """One question and what is known about its answer."""
+
+    question: str  # read after the context and the turns before, then answered
+    gold: tuple[str, ...]  # reference answers; the task's `score` says how an answer is compared with them
+    max_new_tokens: int  # as published
+    answer_prefix: str = ""  # what the model is made to begin its answer with; not part of what is scored
+
+
+class Example(NamedTuple):
+    """A context and the questions about it, in order. They are one prompt: the context, then the question."""
+
+    name: str  # unique in its task, and the same in every run
+    context: str  # all that is read before an eviction that does not know the question; "" where there is none
+    turns: tuple[Turn, ...]  # at least one
+    group: str = ""  # what its scores are also averaged over, such as a domain or a difficulty
+
+
+class Task(NamedTuple):
+    """A benchmark, ready to run."""
+
+    examples: tuple[Example, ...]
+    metric: str  # what a score is, in a word or two: "accuracy", "F1"
+    score: Callable[[Example, int, str], float]  # of the answer to a turn, by its index: 0 (wrong) to 1
+    chat: bool  # whether context and question are what a user says, in the model's chat template, where it has one
+    source: str  # where prompts and metric were published
