@@ -1,7 +1,7 @@
 """LongBench v2: four-choice questions over 8 thousand to 2 million words (arXiv 2412.15204).
 
-Prompt (`prompts/0shot.txt`), answer length and the reading of answers are those of github.com/THUDM/LongBench, `pred.py`.
-Published runs sample at temperature 0.1 and take tokens out of the middle of a prompt that is too long
+Prompt, answer length and the reading of answers are those of github.com/THUDM/LongBench, `prompts/0shot.txt` and
+`pred.py`. Published runs sample at temperature 0.1 and take tokens out of the middle of a prompt that is too long
 (`text_metrics.truncated_middle`). Rows are those of hf://datasets/THUDM/LongBench-v2/data.json.
 """
 
@@ -9,8 +9,10 @@ import re
 from typing import Any
 
 from .example import Example, Task, Turn
-from .rows import checked_rows, lacking
+from .rows import checked_rows, known, lacking
 
+_DIFFICULTIES = ("easy", "hard")
+_LENGTHS = ("short", "medium", "long")  # up to 32 and 128 thousand words, and above
 _CHOICES = ("A", "B", "C", "D")
 _BEFORE = "Please read the following text and answer the question below.\n\n<text>\n"
 _AFTER = (
@@ -22,12 +24,16 @@ _ASKED = ("question", *(f"choice_{letter}" for letter in _CHOICES))
 _MAX_NEW_TOKENS = 128
 
 
-def load(source: str) -> Task:
-    """All questions, in groups such as "hard, short": difficulty and length.
+NAMES = ("all", *_DIFFICULTIES, *_LENGTHS)
+
+
+def load(name: str, source: str) -> Task:
+    """All questions, or those of one difficulty or length, `NAMES`. Groups are both, such as "hard, short".
 
     Raises:
-      ValueError: as `checked_rows` does.
+      ValueError: when there is no such part, and as `checked_rows` does.
     """
+    known(name, NAMES, "LongBench v2")
     rows = checked_rows(source, _problems, unique="_id")
     examples = tuple(
         Example(
@@ -37,6 +43,7 @@ def load(source: str) -> Task:
             f"{row['difficulty']}, {row['length']}",
         )
         for row in rows
+        if name in ("all", row["difficulty"], row["length"])
     )
     return Task(examples, "accuracy", _score, True, "arXiv 2412.15204, github.com/THUDM/LongBench")
 
@@ -57,6 +64,11 @@ def _score(example: Example, turn: int, answer: str) -> float:
 def _problems(row: dict[str, Any]) -> list[str]:
     fields = ("_id", "context", *_ASKED, "answer", "difficulty", "length")
     found = lacking(row, dict.fromkeys(fields, str))
-    if not found and row["answer"] not in _CHOICES:
-        found.append(f"'answer' must be one of {', '.join(_CHOICES)}, not {row['answer']!r}")
-    return found
+    if found:
+        return found
+    allowed = {"answer": _CHOICES, "difficulty": _DIFFICULTIES, "length": _LENGTHS}
+    return [
+        f"{field!r} must be one of {', '.join(values)}, not {row[field]!r}"
+        for field, values in allowed.items()
+        if row[field] not in values
+    ]

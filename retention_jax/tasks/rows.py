@@ -1,6 +1,6 @@
 """Rows of a benchmark's files, checked before any of them is used."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..data import sources
@@ -30,7 +30,7 @@ def checked_rows(
     return rows
 
 
-def lacking(row: Any, fields: dict[str, type | tuple[type, ...]]) -> list[str]:
+def lacking(row: Any, fields: Mapping[str, type | tuple[type, ...]]) -> list[str]:
     """What a row lacks of the fields that it needs, by their types: one line a field."""
     if not isinstance(row, dict):
         return [f"must be an object, not {type(row).__name__}"]
