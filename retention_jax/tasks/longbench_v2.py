@@ -22,8 +22,6 @@ _AFTER = (
 )
 _ASKED = ("question", *(f"choice_{letter}" for letter in _CHOICES))
 _MAX_NEW_TOKENS = 128
-
-
 NAMES = ("all", *_DIFFICULTIES, *_LENGTHS)
 
 
@@ -31,7 +29,7 @@ def load(name: str, source: str) -> Task:
     """All questions, or those of one difficulty or length, `NAMES`. Groups are both, such as "hard, short".
 
     Raises:
-      ValueError: when there is no such part, and as `checked_rows` does.
+      ValueError: when there is no such part, none of it in the source, and as `checked_rows` does.
     """
     known(name, NAMES, "LongBench v2")
     rows = checked_rows(source, _problems, unique="_id")
@@ -45,6 +43,8 @@ def load(name: str, source: str) -> Task:
         for row in rows
         if name in ("all", row["difficulty"], row["length"])
     )
+    if not examples:
+        raise ValueError(f"{source}: none of {len(rows)} questions is {name!r}")
     return Task(examples, "accuracy", _score, True, "arXiv 2412.15204, github.com/THUDM/LongBench")
 
 
