@@ -10,10 +10,12 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
+
+from .rows import lacking
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _TRIES = 6
@@ -90,8 +92,9 @@ def _posted(endpoint: str, body: dict[str, Any], timeout: float, sleep: Callable
         headers["Authorization"] = f"Bearer {secret}"
     request = urllib.request.Request(endpoint, json.dumps(body).encode(), headers)
     opener = urllib.request.build_opener(_NoRedirect)
-    failure = ""
-    for wait in _waits():
+    failure, waits = "", [min(_FIRST_WAIT * 2**i, _LONGEST_WAIT) for i in range(_TRIES - 1)]
+    while True:
+        asked_to_wait = 0.0
         try:
             with opener.open(request, timeout=timeout) as reply:
                 return reply.read()
@@ -103,23 +106,19 @@ def _posted(endpoint: str, body: dict[str, Any], timeout: float, sleep: Callable
                 raise ValueError(f"judge: {endpoint} refuses the key in {KEY_VARIABLE}, {failure}") from None
             if error.code != 429 and error.code < 500:
                 raise ValueError(f"judge: {endpoint} answers with {failure}") from None
-            wait = max(wait, _asked_to_wait(error.headers))
-        except (TimeoutError, ConnectionResetError, http.client.HTTPException) as error:
+            asked_to_wait = _asked_to_wait(error.headers)
+        except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
             failure = f"{type(error).__name__}: {error}"
         except urllib.error.URLError as error:
-            if not isinstance(error.reason, TimeoutError | ConnectionResetError):
+            passing = isinstance(error.reason, TimeoutError | ConnectionError)
+            if not passing or isinstance(error.reason, ConnectionRefusedError):
                 raise ValueError(f"judge: {endpoint} cannot be reached: {error.reason}") from error
-            failure = str(error.reason)
-        if wait:
-            logging.warning("judge: %s, next try in %g s: %s", endpoint, wait, failure)
-            sleep(wait)
-    raise ConnectionError(f"judge: {endpoint} failed {_TRIES} times, the last with {failure}")
-
-
-def _waits() -> Iterator[float]:
-    """Seconds to wait after each try that fails, none after the last."""
-    yield from (min(_FIRST_WAIT * 2**i, _LONGEST_WAIT) for i in range(_TRIES - 1))
-    yield 0.0
+            failure = f"{type(error.reason).__name__}: {error.reason}"
+        if not waits:
+            raise ConnectionError(f"judge: {endpoint} failed {_TRIES} times, the last with {failure}")
+        wait = max(waits.pop(0), asked_to_wait)
+        logging.warning("judge: %s, next try in %g s: %s", endpoint, wait, failure)
+        sleep(wait)
 
 
 def _asked_to_wait(headers: email.message.Message) -> float:
@@ -150,12 +149,15 @@ def _read(path: pathlib.Path) -> dict[str, str]:
         logging.warning("%s: its last line is cut short and dropped: %r", path, content[whole:][:_SHOWN])
         os.truncate(path, whole)  # the next verdict would be glued to it
     known, problems = {}, []
-    for number, line in enumerate(content[:whole].splitlines(), 1):
+    for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
+        except ValueError:
+            row = None
+        if missing := lacking(row, {"key": str, "verdict": str}):
+            problems.append(f"{path}, line {number}: not a verdict of a judge, {missing[0]}")
+        else:
             known[row["key"]] = row["verdict"]
-        except (ValueError, LookupError, TypeError) as error:
-            problems.append(f"{path}, line {number}: not a verdict of a judge: {error!r}")
     if problems:
         raise ValueError("\n".join(problems[:10]))
     return known
