@@ -234,6 +234,8 @@ class EvalConfig:
     batch_size: int = 8  # answers: problems read together
     prefill_chunk: int | None = None  # answers: prompt tokens read at a time; None reads a prompt in one pass
     enable_thinking: bool | None = None  # answers: given to the chat template; None leaves it to the template
+    judge_url: str = ""  # longmemeval: OpenAI-compatible endpoint of the model that grades
+    judge_model: str = ""  # longmemeval
 
     def __post_init__(self) -> None:
         parts = [(text, *text.partition("=")[::2]) for text in self.sources]

@@ -10,19 +10,22 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from retention_jax import checkpoint, config_io, distributed, program_cache
+from retention_jax import tokenizer as tokenizer_lib
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
 from retention_jax.evaluation import devices, rows, sweep
+from retention_jax.evaluation.answers import Answers
 from retention_jax.evaluation.rows import Row
 from retention_jax.evaluation.streams import TASKS, Streams
 from retention_jax.models import gate_files, weights
 from retention_jax.models.decoder import Decoder
-from retention_jax.tasks import recall
+from retention_jax.tasks import load, recall
 from retention_jax.tokenizer import Tokenizer
 
 POLICIES = ("full", "retention", "retention_local", "streaming", "random")
@@ -58,8 +61,8 @@ def cache_config(policy_name: str, budget: int, recent: int, length: int, seed: 
 
 def check(config: EvalConfig, data: DataConfig) -> None:
     """Raises ValueError, naming what is allowed, where the two together cannot be evaluated."""
-    problems = [] if config.tasks else [f"no task is named; known: {', '.join(TASKS)}"]
-    problems += [f"unknown task {t!r}; known: {', '.join(TASKS)}" for t in config.tasks if t not in TASKS]
+    problems = [] if config.tasks else [f"no task is named; known: {', '.join((*TASKS, *load.PARTS))}"]
+    problems += load.problems([t for t in config.tasks if t not in TASKS], _task_settings(config, None))
     problems += [f"unknown policy {p!r}; known: {', '.join(POLICIES)}" for p in config.policies if p not in POLICIES]
     if "text" in config.tasks and data.task != "text":
         problems.append(f"task 'text' needs a config whose data.task is 'text', got {data.task!r}")
@@ -106,7 +109,7 @@ def run(
     of_units = ("tasks", "lengths", "policies", "budgets")
     shared = {name: value for name, value in settings["eval"].items() if name not in of_units}
     return sweep.run(
-        blocks(model, config, data, tokenizer),
+        blocks(model, config, data, output, tokenizer),
         lambda length: cells(config, length),
         cache_of,
         header=rows.header(settings, config.seed),
@@ -116,32 +119,55 @@ def run(
     )
 
 
-def blocks(model: Decoder, config: EvalConfig, data: DataConfig, tokenizer: Tokenizer | None) -> list[sweep.Block]:
-    """Every task at every length, ready to run."""
-    return [Streams(model, config, data, task, length) for task in config.tasks for length in config.lengths]
+def blocks(
+    model: Decoder, config: EvalConfig, data: DataConfig, output: pathlib.Path | None, tokenizer: Tokenizer | None
+) -> list[sweep.Block]:
+    """Every task at every length, ready to run; a task whose texts have lengths of their own once.
+
+    Raises:
+      ValueError: naming every task that cannot be loaded.
+    """
+    found, problems = [], []
+    for task in config.tasks:
+        try:
+            if task in TASKS:
+                found += [Streams(model, config, data, task, length) for length in config.lengths]
+            elif tokenizer is None:
+                problems.append(f"task {task!r} has text for answers, which needs the model's tokenizer")
+            else:
+                loaded = load.load(task, _task_settings(config, output))
+                found.append(Answers(model, tokenizer, config, task, loaded, None))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return found
 
 
-def override(
-    config: EvalConfig,
-    *,
-    tasks: Sequence[str] | None,
-    policies: Sequence[str] | None,
-    budgets: Sequence[str] | None,
-    lengths: Sequence[str] | None,
-    seed: int | None,
-) -> EvalConfig:
+def _task_settings(config: EvalConfig, output: pathlib.Path | None) -> load.Settings:
+    verdicts = (output or pathlib.Path()) / f"verdicts-{jax.process_index()}.jsonl"
+    return load.Settings(config.source_of, config.judge_url, config.judge_model, verdicts)
+
+
+# Flags that stand in for a field of EvalConfig, by what the flag holds.
+LISTS = ("tasks", "policies", "budgets", "lengths", "sources")
+NUMBERS = ("seed", "samples", "limit", "batch_size", "max_new_tokens", "prefill_chunk")
+REALS = ("temperature", "top_p")
+SWITCHES = ("query_aware",)
+
+
+def override(config: EvalConfig, **given: Sequence[str] | float | None) -> EvalConfig:
     """The config with the flags that were given (not None) in place of its fields.
 
     Raises:
       ValueError: when a budget or length is not a whole number, and as EvalConfig does.
     """
-    changes: dict[str, object] = {"tasks": tasks, "policies": policies, "seed": seed}
-    for name, texts in (("budgets", budgets), ("lengths", lengths)):
-        if bad := [text for text in texts or () if not text.isdecimal()]:
+    changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    for name in {"budgets", "lengths"} & changes.keys():
+        if bad := [text for text in changes[name] if not text.isdecimal()]:
             raise ValueError(f"--{name} must be whole numbers separated by commas, got {bad[0]!r}")
-        changes[name] = None if texts is None else tuple(map(int, texts))
-    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if v is not None}
-    return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
+        changes[name] = tuple(map(int, changes[name]))
+    return dataclasses.replace(config, **changes)
 
 
 def checkpoint_folders(checkpoint: str, backbone: str, policies: Sequence[str]) -> tuple[str, str | None]:
@@ -177,11 +203,17 @@ def define_flags(values: flags.FlagValues) -> None:
     several = functools.partial(flags.DEFINE_list, default=None, flag_values=values)
     text("checkpoint", "", "Training workdir, or gate folder.")
     text("output", "", "Folder for results.json and figures; empty writes none.")
-    several("tasks", help=f"In place of config.eval.tasks, out of: {', '.join(TASKS)}.")
+    several("tasks", help=f"In place of config.eval.tasks, out of: {', '.join((*TASKS, *load.PARTS))}.")
     several("policies", help=f"In place of config.eval.policies, out of: {', '.join(POLICIES)}.")
     several("budgets", help="In place of config.eval.budgets: kept entries per layer and head.")
     several("lengths", help="In place of config.eval.lengths: tokens a sequence.")
-    flags.DEFINE_integer("seed", None, "In place of config.eval.seed, the first seed.", flag_values=values)
+    several("sources", help="In place of config.eval.sources: TASK=FILE, where a task's questions are.")
+    for name in NUMBERS:
+        flags.DEFINE_integer(name, None, f"In place of config.eval.{name}.", flag_values=values)
+    for name in REALS:
+        flags.DEFINE_float(name, None, f"In place of config.eval.{name}.", flag_values=values)
+    for name in SWITCHES:
+        flags.DEFINE_bool(name, None, f"In place of config.eval.{name}.", flag_values=values)
     flags.mark_flag_as_required("config", flag_values=values)
     distributed.define_flags(values)
 
@@ -190,14 +222,16 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     config = config_io.from_config_dict(TrainConfig, values.config)
-    given = {name: values[name].value for name in ("tasks", "policies", "budgets", "lengths", "seed")}
-    chosen = override(config.eval, **given)
+    chosen = override(config.eval, **{n: values[n].value for n in (*LISTS, *NUMBERS, *REALS, *SWITCHES)})
     check(chosen, config.data)
     output = pathlib.Path(values.output).expanduser() if values.output else None
     with distributed.joined(values):
         checkpoint.agree_on({"config": config_io.to_dict(config), "eval": config_io.to_dict(chosen)})
         backbone, gates = checkpoint_folders(values.checkpoint, config.backbone, chosen.policies)
-        run(weights.load(backbone, gates, config.dtype), chosen, config.data, output)
+        # Before the weights: what is wrong with it shows at once.
+        has_answers = any(task not in TASKS for task in chosen.tasks)
+        tok = tokenizer_lib.load(weights.resolve(backbone)) if has_answers else None
+        run(weights.load(backbone, gates, config.dtype), chosen, config.data, output, tok)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Scores of what a model answers to a task's questions, with the cache evicted while it reads and writes."""
 
+import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,8 +28,7 @@ class Answers:
     def __init__(
         self, model: Decoder, tokenizer: Tokenizer, config: EvalConfig, name: str, task: Task, length: int | None
     ) -> None:
-        """Raises ValueError as `prompts.of_task` does. `length`: that the task was made for; None: its longest prompt's.
-        """
+        """`length` is what the task was made for; None: the longest prompt's. Raises ValueError as `of_task` does."""
         kwargs = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
         found = prompts.of_task(
             task, tokenizer, limit=config.limit, query_aware=config.query_aware, template_kwargs=kwargs
@@ -51,6 +52,11 @@ class Answers:
             for batch in range(len(self.batches))
         ]
 
+    def of(self, unit: Unit) -> str:
+        """A short name of the texts that a unit's results are of."""
+        told = [(prompt, self.definition.examples[prompt.index]) for prompt in self.batches[unit.batch]]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
     def results(
         self, units: Sequence[Unit], cache_of: Callable[[str, int, int], CacheConfig]
     ) -> Iterator[tuple[Unit, Result]]:
@@ -60,7 +66,7 @@ class Answers:
             most = max(_most_tokens(prompt, self.new_tokens[prompt.index]) for prompt in batch)
             cache = cache_of(unit.policy, unit.budget, -(-most // _STEP) * _STEP)
             if self.config.prefill_chunk is not None:
-                cache = cache.__class__(**{**vars(cache), "prefill_chunk": self.config.prefill_chunk})
+                cache = dataclasses.replace(cache, prefill_chunk=self.config.prefill_chunk)
             yield unit, self._answered(batch, cache, unit.seed)
 
     def _answered(self, batch: list[Prompt], cache: CacheConfig, sample: int) -> Result:
@@ -98,7 +104,7 @@ class Answers:
         }
 
     def _asked(self, prompt: Prompt, turn: int, last: int | None) -> list[int]:
-        """A turn's tokens. The last one of the answer before is not in the buffer yet, unless the closing stands for it."""
+        """A turn's tokens. Before them goes the answer's last one, not yet read, unless the closing stands for it."""
         tokens = prompt.turns[turn]
         return tokens if last is None or (prompt.closing and last in self.tokenizer.stop_tokens) else [last, *tokens]
 

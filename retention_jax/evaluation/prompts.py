@@ -43,7 +43,9 @@ def of_task(
         split = 0 if query_aware else split
         later = [_later(example, turn, tokenizer, templated, template_kwargs) for turn in range(1, len(example.turns))]
         prompts.append(
-            Prompt(index, first_turn, tokens[:split], [tokens[split:], *(t for t, _ in later)], any(c for _, c in later))
+            Prompt(
+                index, first_turn, tokens[:split], [tokens[split:], *(t for t, _ in later)], any(c for _, c in later)
+            )
         )
         first_turn += len(example.turns)
     return prompts
@@ -84,7 +86,8 @@ def _first(
     encoded = tokenizer.backend.encode(text, add_special_tokens=False)
     # A token with characters of both goes to the question, so that the tokens stay those of the whole text.
     split = next((i for i, (_, stop) in enumerate(encoded.offsets) if stop > end), len(encoded.offsets))
-    return ids, split + len(ids) - len(encoded.ids) if split else 0
+    # The question keeps one token at least: an answer goes on from it.
+    return ids, min(split + len(ids) - len(encoded.ids), len(ids) - 1) if split else 0
 
 
 def _later(

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -122,6 +123,10 @@ class Streams:
         """One for each seed."""
         first = self.config.seed
         return [Unit(self.task, self.length, policy, budget, first + i, 0) for i in range(self.config.seeds)]
+
+    def of(self, unit: Unit) -> str:
+        """A short name of the sequences that a unit's results are of."""
+        return hashlib.sha256(self.tokens[unit.seed - self.config.seed].tobytes()).hexdigest()[:16]
 
     def results(
         self, units: Sequence[Unit], cache_of: Callable[[str, int, int], CacheConfig]

@@ -12,6 +12,7 @@ import tqdm
 from retention_jax import checkpoint, distributed, plots
 from retention_jax.config import CacheConfig
 from retention_jax.evaluation import journal, rows
+from retention_jax.evaluation.answers import Answers
 from retention_jax.evaluation.journal import Journal, Result, Unit
 from retention_jax.evaluation.rows import Row
 from retention_jax.evaluation.streams import Streams
@@ -19,7 +20,7 @@ from retention_jax.evaluation.streams import Streams
 CacheOf = Callable[[str, int, int], CacheConfig]  # of a policy, a budget, and a length that "full" must hold
 
 
-Block = Streams  # one task at one length
+Block = Streams | Answers  # one task at one length
 
 
 def dealt(units: Sequence[Unit], process: int, processes: int) -> list[Unit]:
@@ -60,6 +61,10 @@ def run(
     # Process 0 says what is done, should a file have reached only some of them.
     finished = {Unit(*unit) for unit in json.loads(distributed.gather(json.dumps(list(done)))[0])}
     wanted = {id(block): [block.units(*cell) for cell in cells(block.length)] for block in blocks}
+    for block in blocks:
+        for unit in (unit for units in wanted[id(block)] for unit in units if unit in done):
+            if done[unit]["of"] != block.of(unit):
+                raise ValueError(f"{output} holds results of other texts of {block.task!r}; give another --output")
     left = {id(block): [u for cell in wanted[id(block)] for u in cell if u not in finished] for block in blocks}
     mine = {key: dealt(units, process, processes) if alone else units for key, units in left.items()}
     found: list[Row] = []
@@ -76,6 +81,7 @@ def run(
             bar.set_description(f"{block.task}, {block.length} tokens")
             for unit, result in block.results(mine[id(block)], cache_of) if mine[id(block)] else ():
                 bar.set_description(f"{unit.task}, {unit.length} tokens: {unit.policy} {unit.budget}")
+                result = {"of": block.of(unit), **result}
                 if book:
                     book.write(unit, result)
                 fresh.append((unit, result))
