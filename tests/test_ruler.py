@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -131,14 +132,13 @@ def test_needles_among_needles_are_like_prepared_rows(files):
 
 
 @pytest.mark.parametrize("name", ruler.NAMES)
-@pytest.mark.parametrize("apart", (False, True))
-def test_rows_fall_into_the_parts_they_were_made_of(name, apart, files, tmp_path):
+def test_rows_fall_into_the_parts_they_were_made_of(name, files, tmp_path):
     task = load(name, files)
     rows = []
     for index, example in enumerate(task.examples):
         [turn] = example.turns
         whole = {"input": text_of(example)}
-        if apart:
+        if index == 1:  # as newer versions of RULER write them
             whole = {"input": example.context + turn.question, "answer_prefix": turn.answer_prefix}
         rows.append({"index": index, "outputs": list(turn.gold), "length": 4096, **whole})
     again = ruler.from_rows(str(write_rows(tmp_path / "rows.jsonl", rows)))
@@ -350,19 +350,19 @@ def test_largest_amount(least, most, start):
 
 
 def test_what_comes_depends_on_the_arguments_only(files):
-    script = (
-        "import sys; from retention_jax.tasks import ruler\n"
-        "task = ruler.load(sys.argv[1], encode=lambda text: [0] * len(text.split()), length=1024, examples=2, seed=5)\n"
-        "sys.stdout.buffer.write(repr(task.examples).encode())"
+    script = """
+import sys
+from retention_jax.tasks import ruler
+encode = lambda text: [0] * len(text.split())
+names = ("niah_multikey_2", "cwe", "vt", "fwe")
+tasks = [ruler.load(name, encode=encode, length=1024, examples=2, seed=5) for name in names]
+sys.stdout.buffer.write("\\n".join(repr(task.examples) for task in tasks).encode())
+"""
+    other = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, check=True
     )
-    for name in ("niah_multikey_2", "cwe"):
-        told = {
-            subprocess.run(
-                [sys.executable, "-c", script, name], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
-            ).stdout
-            for seed in ("1", "2")
-        }
-        assert told == {repr(load(name, files, 1024, 2, seed=5).examples).encode()}
+    for told, name in zip(other.stdout.split(b"\n"), ("niah_multikey_2", "cwe", "vt", "fwe"), strict=True):
+        assert told == repr(load(name, files, 1024, 2, seed=5).examples).encode()
     for name in ruler.NAMES:
         a, b = load(name, files, 1024, 2, seed=5), load(name, files, 1024, 2, seed=6)
         assert a.examples[0].context != b.examples[0].context

@@ -86,7 +86,7 @@ def text(source: str) -> str:
     else:
         texts = [row.get("text") for row in objects(source)]
         if bad := [number for number, value in enumerate(texts, 1) if not isinstance(value, str)]:
-            raise ValueError(f"{source}, row {bad[0]}: needs a field `text`, as {len(bad)} rows do")
+            raise ValueError(f"{source}, row {bad[0]}: has no field `text` that is a text; {len(bad)} rows have none")
         found = "\n\n".join(map(str, texts))
     if not found.strip():
         raise ValueError(f"{source}: has no text")

@@ -124,7 +124,7 @@ def common_words(amount: int, words: Sequence[str], length: int, seed: Sequence[
 
 
 def _word_list(words: Sequence[str], amount: int, repeats: int, other_repeats: int, rng: np.random.Generator) -> Prompt:
-    chosen = [words[i] for i in rng.permutation(len(words)).tolist()[:amount]]
+    chosen = [words[int(i)] for i in rng.permutation(len(words))[:amount]]
     listed = chosen[:COMMON] * repeats + chosen[COMMON:] * other_repeats
     return Prompt(
         context="Below is a numbered list of words. In these words, some appear more often than others. Memorize the "
