@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from text_helpers import write_rows
 
-from retention_jax.tasks import ruler, ruler_documents
+from retention_jax.tasks import ruler
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
@@ -384,7 +384,6 @@ sys.stdout.buffer.write("\\n".join(repr(task.examples) for task in tasks).encode
         ("qa_1", dict(examples=301), "has 300 questions, examples=301"),
         ("qa_2", dict(length=256), "example 0: needs .* tokens at least, length=256"),
         ("qa_2", dict(length=32768), "there is text for .* tokens, length=32768"),
-        ("cwe", dict(length=100_000), "there is text for .* tokens, length=100000"),
     ),
 )
 def test_refused(name, changes, told, files):
@@ -393,21 +392,3 @@ def test_refused(name, changes, told, files):
     given |= {key: str(files / given[key]) for key in ("haystack", "qa") if given[key]}
     with pytest.raises(ValueError, match=told):
         ruler.load(name, **given)
-
-
-@pytest.mark.parametrize(
-    "read, data, told",
-    (
-        (ruler_documents.squad, {"data": [{"paragraphs": []}]}, "no question with an answer"),
-        (
-            ruler_documents.squad,
-            {"data": [{}, {"paragraphs": [{"context": 3}]}]},
-            "article 1: has no 'paragraphs'\n.*2",
-        ),
-        (ruler_documents.hotpotqa, [3, {"question": "q", "answer": "a", "context": [["t"]]}], "question 1: .*\n.*2: "),
-    ),
-)
-def test_damaged_documents_are_told_by_place(read, data, told, tmp_path):
-    (tmp_path / "qa.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=told):
-        read(str(tmp_path / "qa.json"))
