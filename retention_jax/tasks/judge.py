@@ -151,9 +151,9 @@ def _read(path: pathlib.Path) -> dict[str, str]:
     known, problems = {}, []
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
         try:
-            row = json.loads(line)
+            row: Any = json.loads(line)
         except ValueError:
-            row = None
+            row = line
         if missing := lacking(row, {"key": str, "verdict": str}):
             problems.append(f"{path}, line {number}: not a verdict of a judge, {missing[0]}")
         else:
