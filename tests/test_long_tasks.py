@@ -1,6 +1,7 @@
 """LongBench, LongBench v2, LongMemEval and SCBench: prompts, scores and bad rows, on rows in the published formats."""
 
 import json
+from typing import Any
 
 import pytest
 from text_helpers import write_rows
@@ -250,8 +251,8 @@ def test_longmemeval_bad_rows(tmp_path):
 
 
 def scbench_rows(name):
-    turns = [{"input": f"ask {i}", "answer": answer} for i, answer in enumerate(TEXTS)]
-    row = {"id": 1, "context": "the context", "multi_turns": turns}
+    turns: list[dict[str, Any]] = [{"input": f"ask {i}", "answer": answer} for i, answer in enumerate(TEXTS)]
+    row: dict[str, Any] = {"id": 1, "context": "the context", "multi_turns": turns}
     for i, turn in enumerate(turns):
         if name == "qa_chn":  # no character is in two answers
             turn["answer"] = ("张三", "红楼梦", "北京", "李白")[i]
