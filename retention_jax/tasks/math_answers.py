@@ -1,8 +1,8 @@
 """Whether an answer to a maths problem is right: math-verify, in a process of its own.
 
-What a model writes is not trusted: `9^{9^{9^9}}` keeps SymPy busy for ever and cannot be interrupted from Python. So this
-file is also a program, which compares one answer for each line of its standard input under a memory limit, and which is
-killed when it takes too long.
+What a model writes is not trusted: `9^{9^{9^9}}` keeps SymPy busy for ever and cannot be interrupted from Python. So
+this file is also a program, which compares one answer for each line of its standard input under a memory limit, and
+which is killed when it takes too long.
 """
 
 import json
@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import threading
-from typing import Self
 
 TIME_LIMIT = 10.0  # seconds for one comparison
 _MEMORY_LIMIT = 2**32  # bytes of the comparing process, on Linux
@@ -19,7 +18,7 @@ _TAIL = 500  # characters of an answer without a mark that are searched for its 
 
 
 def final_answer(answer: str) -> str | None:
-    r"""What an answer marks as its result: the last `\boxed{...}`, or what stands after the last `####`; None if neither.
+    r"""What an answer marks as its result: the last `\boxed{...}`, or what follows the last `####`; None if neither.
 
     `\boxed` is asked for by the prompts, `####` is how GSM8K's solutions end. A box that is not closed does not count.
     """
@@ -72,7 +71,7 @@ class Checker:
         with self._lock:
             self._stop()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checker":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -164,7 +163,8 @@ def _main() -> None:
 
 def _boxed(result: str) -> str:
     """As math-verify reads a result without looking for one. Dollar signs are money here, not LaTeX's."""
-    return rf"\boxed{{{re.sub(r'\\?[$]', '', result)}}}"
+    without_dollars = re.sub(r"\\?[$]", "", result)
+    return rf"\boxed{{{without_dollars}}}"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ atexit.register(_checker.close)
 
 
 def load(name: str, source: str, *, max_new_tokens: int) -> Task:
-    """A maths benchmark, each problem a question without a context: an eviction that does not know it has nothing to read.
+    """A maths benchmark, each problem a question without a context: nothing is read before the question is known.
 
     Args:
       name: `gsm8k`, `math500` (scores are also averaged over levels) or `aime`.
