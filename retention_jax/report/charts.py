@@ -40,6 +40,8 @@ class Panel(NamedTuple):
     y_ticks: list[Tick]
     lines: list[Line]
     full: Point | None
+    full_x: float | None  # where its own point is, if it has one
+    full_label_right: bool  # on the side where the other scores leave room
 
 
 def metric_name(metric: str) -> str:
@@ -62,7 +64,9 @@ def quality(rows: Sequence[Row], policies: Sequence[str]) -> Panel:
     """Score against budget, for the rows of one task and length."""
     budgets = sorted({row.budget for row in rows if row.policy != "full"})
     x_ticks = [(float(budget), str(budget)) for budget in budgets]
-    return _panel(rows, policies, "kept entries per layer and head", lambda row: float(row.budget), x_ticks)
+    return _panel(
+        rows, policies, "kept entries per layer and head", lambda row: float(row.budget), x_ticks, full_has_x=False
+    )
 
 
 def memory(rows: Sequence[Row], policies: Sequence[str]) -> Panel:
@@ -71,7 +75,7 @@ def memory(rows: Sequence[Row], policies: Sequence[str]) -> Panel:
     least, most = math.floor(math.log2(min(held))), math.ceil(math.log2(max(held)))
     step = max(1, math.ceil((most - least) / 5))
     x_ticks = [(2.0**power, size(2.0**power)) for power in range(least, most + 1, step)]
-    return _panel(rows, policies, "KV memory of a sequence", lambda row: float(row.kv_bytes), x_ticks)
+    return _panel(rows, policies, "KV memory of a sequence", lambda row: float(row.kv_bytes), x_ticks, full_has_x=True)
 
 
 def _panel(
@@ -80,6 +84,8 @@ def _panel(
     x_label: str,
     x_of: Callable[[Row], float],
     x_ticks: list[tuple[float, str]],
+    *,
+    full_has_x: bool,
 ) -> Panel:
     first = rows[0]
     others = [row for row in rows if row.policy != "full"]
@@ -112,7 +118,15 @@ def _panel(
         y_ticks=[Tick(round(to_y(y), 1), f"{y:g}") for y in y_ticks],
         lines=lines,
         full=None if full is None else point(full, WIDTH - RIGHT),
+        full_x=round(to_x(math.log2(x_of(full))), 1) if full is not None and full_has_x else None,
+        full_label_right=full is not None and not full_has_x and _room_on_the_right(others, full),
     )
+
+
+def _room_on_the_right(others: Sequence[Row], full: Row) -> bool:
+    budgets = sorted({row.budget for row in others})
+    distance = lambda budget: min(abs(row.score - full.score) for row in others if row.budget == budget)
+    return not budgets or distance(budgets[-1]) >= distance(budgets[0])
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
