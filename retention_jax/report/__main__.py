@@ -2,7 +2,7 @@
 
     python -m retention_jax.report --results=runs/recall/eval --output=report.html
 
-reads results.json and the traces that `python -m retention_jax.report.trace` writes (*.trace.npz), and writes a page that
+reads results.json and the traces of `python -m retention_jax.report.trace` (*.trace.npz), and writes a page that
 needs no network, and beside it the figures as PNG files, report_*.png.
 """
 

@@ -10,7 +10,6 @@ import base64
 import gzip
 import json
 import pathlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jinja2
