@@ -94,7 +94,7 @@ def _panel(
     room = 0.06 * (max(xs) - min(xs)) or 0.5
     to_x = _scale(min(xs) - room, max(xs) + room, LEFT, WIDTH - RIGHT)
     ys = [plots.shown(first.metric, y) for row in rows for y in (row.low, row.high)]
-    y_ticks = ticks(0.0 if first.metric == "accuracy" else min(ys), max(ys))
+    y_ticks = ticks(0.0, min(max(ys), 100.0)) if first.metric == "accuracy" else ticks(min(ys), max(ys))
     to_y = _scale(min(*ys, y_ticks[0]), max(*ys, y_ticks[-1]), HEIGHT - BOTTOM, TOP)
     at_y = lambda score: to_y(plots.shown(first.metric, score))
 
@@ -102,7 +102,8 @@ def _panel(
         interval = f" ({number(row.metric, row.low)} to {number(row.metric, row.high)})" if row.low < row.high else ""
         what = "full cache" if row.policy == "full" else f"{row.policy.replace('_', ' ')}, {row.budget} entries"
         title = f"{what}: {metric_name(row.metric)} {number(row.metric, row.score)}{interval}, {size(row.kv_bytes)}"
-        return Point(round(x, 1), *(round(at_y(y), 1) for y in (row.score, row.low, row.high)), title)
+        y, low, high = (round(at_y(score), 1) for score in (row.score, row.low, row.high))
+        return Point(round(x, 1), y, low, high, title)
 
     lines = []
     for index, policy in enumerate(policies):
@@ -129,7 +130,7 @@ def _room_on_the_right(others: Sequence[Row], full: Row) -> bool:
     return not budgets or distance(budgets[-1]) >= distance(budgets[0])
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+def _scale(low: float, high: float, start: int, end: int) -> Callable[[float], float]:
     return lambda value: start + (value - low) / ((high - low) or 1.0) * (end - start)
 
 
@@ -137,6 +138,6 @@ def ticks(low: float, high: float) -> list[float]:
     """About five round numbers that span the range."""
     raw = (high - low) / 4 or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(s for s in (1, 2, 5, 10) if s * power >= raw * 0.999) * power
+    step = next(s for s in (1, 2, 2.5, 5, 10) if s * power >= raw * 0.999) * power
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, max(last, first + 1) + 1)]

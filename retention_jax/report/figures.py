@@ -17,11 +17,11 @@ def heads(traces: Sequence[Trace], path: str | os.PathLike) -> None:
     L, K = kept.shape
     figure = Figure(figsize=(max(4.5, 1.8 + 0.55 * K), max(2.6, 1.6 + 0.32 * L)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(kept, cmap=COLOR_MAP, vmin=0, aspect="auto")
-    middle = image.norm.vmax / 2 if image.norm.vmax else 0.5
+    most = float(kept.max()) or 1.0
+    image = axes.imshow(kept, cmap=COLOR_MAP, vmin=0, vmax=most, aspect="auto")
     for layer in range(L):
         for head in range(K):
-            dark = kept[layer, head] < middle
+            dark = kept[layer, head] < most / 2
             axes.text(
                 head, layer, f"{kept[layer, head]:.0f}", ha="center", va="center", color="white" if dark else "black"
             )

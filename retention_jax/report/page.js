@@ -86,7 +86,8 @@ async function viewer() {
     if (trace.lives !== null) option(colourBox, "half", "half life");
     option(colourBox, "kept", "age at eviction");
     if (before && [...colourBox.options].some((o) => o.value === before)) colourBox.value = before;
-    slider.max = number.max = slider.value = trace.length;
+    slider.max = number.max = trace.length; // before the value, which it bounds
+    slider.value = trace.length;
     const left = trace.all_heads - trace.heads.length;
     byId("left-out").hidden = left === 0;
     byId("left-out").textContent = `Here are ${trace.heads.length} of the ${trace.all_heads} layers and heads, spread evenly.`;

@@ -60,7 +60,7 @@ def _read_rows(path: pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
 
 def kept_by_head(traces: Sequence[Trace]) -> Float[np.ndarray, "L K"]:
     """Entries that each layer and head holds at the end, mean over sequences of one shape."""
-    return np.mean([(trace.evicted == NEVER).sum(axis=-1) for trace in traces], axis=0, dtype=np.float64)
+    return np.stack([(trace.evicted == NEVER).sum(axis=-1) for trace in traces]).mean(axis=0)
 
 
 def kept_over_time(
