@@ -54,7 +54,7 @@ def number(metric: str, score: float) -> str:
     return f"{plots.shown(metric, score):.{1 if metric == 'accuracy' else 3}f}"
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Bytes in the unit that suits them."""
     power = min(int(math.log2(count) // 10), 4) if count >= 1 else 0
     return f"{count / 1024**power:.{3 if power else 4}g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
