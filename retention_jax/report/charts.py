@@ -118,7 +118,7 @@ def _panel(
         x_ticks=[Tick(round(to_x(math.log2(x)), 1), label) for x, label in x_ticks],
         y_ticks=[Tick(round(to_y(y), 1), f"{y:g}") for y in y_ticks],
         lines=lines,
-        full=None if full is None else point(full, WIDTH - RIGHT),
+        full=None if full is None else point(full, float(WIDTH - RIGHT)),
         full_x=round(to_x(math.log2(x_of(full))), 1) if full is not None and full_has_x else None,
         full_label_right=full is not None and not full_has_x and _room_on_the_right(others, full),
     )
