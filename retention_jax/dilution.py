@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 import tqdm
-from absl import app, flags
+from absl import app, flags, logging
 from jaxtyping import Array, Bool, Float, Int
 
 from retention_jax import cache as cache_lib
@@ -299,6 +299,8 @@ def run(model: Decoder, config: EvalConfig, data: DataConfig, output: pathlib.Pa
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if not values["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     config = from_config_dict(TrainConfig, values.config)
     given = {name: values[name].value for name in ("tasks", "policies", "budgets", "lengths", "seed")}
     chosen = evaluate.override(config.eval, **given)
