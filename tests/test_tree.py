@@ -35,7 +35,7 @@ LAYERS = (
     ("models", "data", "tasks"),
     ("decoding", "losses", "checkpoint", "plots"),
     ("evaluate", "metrics", "text_generation"),
-    ("train", "prompt_files", "dilution", "dilution_plots"),
+    ("train", "prompt_files", "dilution", "dilution_plots", "report"),
     ("generate",),
 )
 
