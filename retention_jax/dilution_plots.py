@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from retention_jax import plots
-from retention_jax.evaluate import interval
+from retention_jax.evaluation.rows import interval
 
 
 class Result(NamedTuple):

@@ -13,8 +13,9 @@ from absl import flags
 from helpers import tiny_model, tokens_of
 
 from retention_jax import cache as cache_lib
-from retention_jax import decoding, plots
+from retention_jax import decoding
 from retention_jax.config import CacheConfig
+from retention_jax.evaluation.rows import Row
 from retention_jax.models import decoder
 from retention_jax.report import __main__ as command
 from retention_jax.report import page, results
@@ -154,7 +155,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def row(**changes):
-    one = plots.Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 2000, 9000, 1.0)
+    one = Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 2000, 9000, 1.0, 900.0, None, {})
     return one._replace(**changes)
 
 
@@ -170,7 +171,7 @@ ROWS = [
 def folder(traced, tmp_path_factory):
     path = tmp_path_factory.mktemp("results")
     run = {"device": NASTY, "versions": {"jax": "0.10.2"}, "config": {}}
-    rows = [r._asdict() | {"samples": 1} for r in ROWS]
+    rows = [r._asdict() | {"other": 1} for r in ROWS]
     (path / "results.json").write_text(json.dumps({"run": run, "rows": rows}))
     trace_lib.save(traced._replace(names=[NASTY, *NAMES[1:]], title=NASTY), path / "a.trace.npz")
     trace_lib.save(traced._replace(title="another"), path / "b.trace.npz")

@@ -33,8 +33,9 @@ LAYERS = (
     ("kernels", "policies", "sampling"),
     ("cache",),
     ("models", "data", "tasks"),
-    ("decoding", "losses", "checkpoint", "plots"),
-    ("evaluate", "metrics", "text_generation"),
+    ("decoding", "losses", "checkpoint"),
+    ("metrics", "text_generation", "evaluation", "plots"),
+    ("evaluate",),
     ("train", "prompt_files", "dilution", "dilution_plots", "report"),
     ("generate",),
 )

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from retention_jax import plots
-from retention_jax.plots import Row
+from retention_jax.evaluation import rows as rows_lib
+from retention_jax.evaluation.rows import Row
 
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 46  # margins around the axes
@@ -44,14 +44,8 @@ class Panel(NamedTuple):
     full_label_right: bool  # on the side where the other scores leave room
 
 
-def metric_name(metric: str) -> str:
-    """With the unit that `plots.shown` gives the number."""
-    named = {"accuracy": "accuracy (%)", "bits_per_byte": "bits per byte (lower is better)"}
-    return named.get(metric, metric.replace("_", " "))
-
-
 def number(metric: str, score: float) -> str:
-    return f"{plots.shown(metric, score):.{1 if metric == 'accuracy' else 3}f}"
+    return f"{rows_lib.shown(metric, score):.{3 if rows_lib.lower_is_better(metric) else 1}f}"
 
 
 def size(count: int | float) -> str:
@@ -93,15 +87,15 @@ def _panel(
     xs = [math.log2(x_of(row)) for row in others] + [math.log2(x) for x, _ in x_ticks] or [0.0]
     room = 0.06 * (max(xs) - min(xs)) or 0.5
     to_x = _scale(min(xs) - room, max(xs) + room, LEFT, WIDTH - RIGHT)
-    ys = [plots.shown(first.metric, y) for row in rows for y in (row.low, row.high)]
-    y_ticks = ticks(0.0, min(max(ys), 100.0)) if first.metric == "accuracy" else ticks(min(ys), max(ys))
+    ys = [rows_lib.shown(first.metric, y) for row in rows for y in (row.low, row.high)]
+    y_ticks = ticks(min(ys), max(ys)) if rows_lib.lower_is_better(first.metric) else ticks(0.0, min(max(ys), 100.0))
     to_y = _scale(min(*ys, y_ticks[0]), max(*ys, y_ticks[-1]), HEIGHT - BOTTOM, TOP)
-    at_y = lambda score: to_y(plots.shown(first.metric, score))
+    at_y = lambda score: to_y(rows_lib.shown(first.metric, score))
 
     def point(row: Row, x: float) -> Point:
         interval = f" ({number(row.metric, row.low)} to {number(row.metric, row.high)})" if row.low < row.high else ""
         what = "full cache" if row.policy == "full" else f"{row.policy.replace('_', ' ')}, {row.budget} entries"
-        title = f"{what}: {metric_name(row.metric)} {number(row.metric, row.score)}{interval}, {size(row.kv_bytes)}"
+        title = f"{what}: {rows_lib.named(row.metric)} {number(row.metric, row.score)}{interval}, {size(row.kv_bytes)}"
         y, low, high = (round(at_y(score), 1) for score in (row.score, row.low, row.high))
         return Point(round(x, 1), y, low, high, title)
 
@@ -114,7 +108,7 @@ def _panel(
     return Panel(
         title=f"{first.task}, {first.length:,} tokens",
         x_label=x_label,
-        y_label=metric_name(first.metric),
+        y_label=rows_lib.named(first.metric),
         x_ticks=[Tick(round(to_x(math.log2(x)), 1), label) for x, label in x_ticks],
         y_ticks=[Tick(round(to_y(y), 1), f"{y:g}") for y in y_ticks],
         lines=lines,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from retention_jax.plots import Row
+from retention_jax.evaluation.rows import Row
 from retention_jax.report import trace as trace_lib
 from retention_jax.report.trace import NEVER, Trace
 
@@ -50,9 +50,11 @@ def _read_rows(path: pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
     problems = []
     for i, row in enumerate(rows):
         for name, kind in Row.__annotations__.items():
-            wanted = (int, float) if kind is float else kind
-            if not isinstance(row.get(name), wanted) or isinstance(row.get(name), bool):
-                problems.append(f"row {i}: {name} must be of type {kind.__name__}, got {row.get(name)!r}")
+            wanted = (int, float) if kind is float else {dict[str, float]: dict}.get(kind, kind)
+            if name not in row or not isinstance(row.get(name), wanted) or isinstance(row.get(name), bool):
+                problems.append(
+                    f"row {i}: {name} must be of type {getattr(kind, '__name__', kind)}, got {row.get(name)!r}"
+                )
     if problems:
         raise ValueError(f"{path}: " + "; ".join(problems))
     return run, [Row(**{name: row[name] for name in Row._fields}) for row in rows]
