@@ -141,16 +141,9 @@ def _margins(axes: Axes, results: Sequence[Result], lines: Sequence[tuple[str, i
     for dilution in (0.1, 0.5, 0.9):
         needed = np.log(crowd * (1 - dilution) / dilution)
         axes.plot(crowd, needed, color="0.55", linewidth=1.0, linestyle=":")
-        # At the right end, under the line: the curves come from the left.
+        end = (crowd[-1], needed[-1])
         axes.annotate(
-            f"dilution {dilution}",
-            (crowd[-1], needed[-1]),
-            (0, -5),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            fontsize=8,
-            color="0.35",
+            f"dilution {dilution}", end, (4, 0), textcoords="offset points", va="center", fontsize=8, color="0.35"
         )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))

@@ -51,6 +51,57 @@ def quality(rows: Sequence[Row], path: str | os.PathLike) -> None:
     figure.savefig(path, dpi=200, format="png")
 
 
+def memory(rows: Sequence[Row], path: str | os.PathLike) -> None:
+    """Draws score against the bytes held for a sequence, one panel for each length of one task, as a PNG file.
+
+    Error bars are the rows' 95 % intervals; the full cache is a point of its own, and a dashed line.
+
+    Raises:
+      ValueError: on no rows, or rows of several tasks.
+    """
+    if len({row.task for row in rows}) != 1:
+        raise ValueError(f"a figure shows the rows of one task, got {sorted({row.task for row in rows})}")
+    lengths = sorted({row.length for row in rows})
+    policies = list(dict.fromkeys(row.policy for row in rows))
+    evicting = [policy for policy in policies if policy != "full"]
+    figure = Figure(figsize=(max(1.6 + 3.4 * len(lengths), 7.0), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    entries = {}
+    for length, axes in zip(lengths, panels, strict=True):
+        for policy in policies:
+            mine = [row for row in rows if row.length == length and row.policy == policy]
+            mine.sort(key=lambda row: row.kv_bytes)
+            scores = [shown(row.metric, row.score) for row in mine]
+            below = [shown(row.metric, row.score - row.low) for row in mine]
+            above = [shown(row.metric, row.high - row.score) for row in mine]
+            i = evicting.index(policy) if policy != "full" else None
+            if mine and i is None:
+                axes.axhline(scores[0], color="black", linestyle="--", linewidth=1.0)
+            entries[policy] = axes.errorbar(
+                [row.kv_bytes / 2**20 for row in mine],
+                scores,
+                yerr=[below, above],
+                color="black" if i is None else COLORS[i % len(COLORS)],
+                marker="*" if i is None else MARKERS[i % len(MARKERS)],
+                markersize=5,
+                capsize=2.5,
+                linewidth=1.6,
+                elinewidth=1.0,
+            )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{length} tokens", fontsize=10)
+    panels[0].set_ylabel(named(rows[0].metric))
+    figure.supxlabel("KV memory of a sequence (MiB)", fontsize=10)
+    figure.suptitle(f"{rows[0].task}: score against memory", fontsize=11, fontweight="bold")
+    labels = ["full cache" if policy == "full" else policy.replace("_", " ") for policy in policies]
+    figure.legend([entries[policy] for policy in policies], labels, loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=200, format="png")
+
+
 def _panel(axes: Axes, rows: Sequence[Row], policies: Sequence[str]) -> None:
     budgets = sorted({row.budget for row in rows if row.policy != "full"})
     for i, policy in enumerate(policies):

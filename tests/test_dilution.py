@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl import flags, logging
 from flax import nnx
-from helpers import assert_close, simulate, tiny_config, tiny_model
+from helpers import Step, assert_close, simulate, tiny_config, tiny_model
 
 from retention_jax import config_io, decoding, dilution, dilution_plots, evaluate
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
@@ -208,7 +208,8 @@ def plainly(model, row, facts, asked, cache):
                 useful, seen = (told & sees[l, h]).sum(axis=1), sees[l, h].sum(axis=1)
                 shares.append(((a * told).sum(axis=1), a @ facts.any(axis=1), useful, seen))
             x = layer.finish(x, jnp.asarray(out[None], jnp.float32))
-        kept = simulate(np.stack(log_beta)[:, :, :end], [("read", chunk)] * (end // chunk), cache)[-1:]
+        steps: list[Step] = [("read", chunk)] * (end // chunk)
+        kept = simulate(np.stack(log_beta)[:, :, :end], steps, cache)[-1:]
         for head in range(cfg.num_layers * K if kept and end < length else 0):
             sees[head // K, head % K, end : end + chunk, kept[0].positions(head)] = True
     shaped = lambda a: np.moveaxis(np.array(a).reshape(cfg.num_layers, cfg.num_heads, length), 2, 0)

@@ -11,6 +11,8 @@ from absl import logging
 
 from retention_jax.tasks import judge
 
+pytestmark = pytest.mark.slow
+
 
 def said(text):
     return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})

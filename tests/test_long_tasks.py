@@ -8,6 +8,8 @@ from text_helpers import write_rows
 
 from retention_jax.tasks import longbench, longbench_v2, longmemeval, scbench
 
+pytestmark = pytest.mark.slow
+
 
 def prompt(example, turn=0):
     return example.context + example.turns[turn].question

@@ -9,6 +9,8 @@ import pytest
 from retention_jax.tasks import maths
 from retention_jax.tasks.math_answers import Checker, final_answer
 
+pytestmark = pytest.mark.slow
+
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -86,12 +88,10 @@ def test_wrong_answers(checker):
 
 
 def test_an_answer_that_cannot_be_computed_is_wrong_and_the_next_one_is_compared():
-    with Checker(time_limit=3.0) as checker:
-        assert checker.is_right(r"\boxed{2/4}", "0.5")
-        for answer in (r"\boxed{9^{9^{9^{9}}}}", r"\boxed{((((9!)!)!)!)!}"):
-            start = time.monotonic()
-            assert not checker.is_right(answer, "5")
-            assert time.monotonic() - start < 10
+    with Checker(time_limit=2.0) as checker:
+        start = time.monotonic()
+        assert not checker.is_right(r"\boxed{9^{9^{9^{9}}}}", "5")
+        assert time.monotonic() - start < 10
         assert checker.is_right(r"\boxed{2/4}", "0.5")
         process = checker._process
     assert process is not None and process.poll() is not None
@@ -123,7 +123,7 @@ def test_bad_rows_are_told_at_once(tmp_path):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 def test_golds_of_math500_score_and_those_of_other_problems_do_not():
     task = maths.load("math500", str(SHARED / "math500" / "test.jsonl"), max_new_tokens=8)
-    chosen = task.examples[::8]
+    chosen = task.examples[::16]
     boxes = [rf"So it is \boxed{{{example.turns[0].gold[0]}}}." for example in chosen]
     assert [task.score(example, 0, box) for example, box in zip(chosen, boxes, strict=True)] == [1.0] * len(chosen)
     shifted = [task.score(example, 0, box) for example, box in zip(chosen, boxes[1:] + boxes[:1], strict=True)]

@@ -7,6 +7,8 @@ import pytest
 
 from retention_jax.tasks import ruler, ruler_documents, ruler_prompts
 
+pytestmark = pytest.mark.slow
+
 
 def test_common_words_end_with_the_words(caplog):
     encode = lambda text: [0] * len(text.split())

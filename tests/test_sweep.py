@@ -83,11 +83,8 @@ def test_a_split_prompt_has_the_tokens_of_the_whole(tok, chat):
         assert whole.context == [] and split.context + split.turns[0] == whole.turns[0]
         assert split.turns[1:] == whole.turns[1:]
         said = example.context + example.turns[0].question
-        text = (
-            f"<|start|>user\n{said}<|end|>\n<|start|>assistant\n<think>\n\n</think>\n\n It is"
-            if chat
-            else f"{said} It is"
-        )
+        opened = "<|end|>\n<|start|>assistant\n<think>\n\n</think>\n\n"
+        text = f"<|start|>user\n{said}{opened} It is" if chat else f"{said} It is"
         assert tok.backend.decode(whole.turns[0], skip_special_tokens=False) == text
         read = tok.backend.decode(split.context, skip_special_tokens=False)
         assert "what" not in read and read.endswith("lazy dog. ")
@@ -192,18 +189,12 @@ import pathlib, sys
 sys.path.insert(0, "tests")
 import conftest, jax
 jax.config.update("jax_disable_most_optimizations", True)
-import test_sweep, os, signal
-from retention_jax.evaluation.journal import Journal
-write, units = Journal.write, []
-
-def until_killed(book, unit, result):
-    if len(units) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    units.append(unit)
-    write(book, unit, result)
-
-Journal.write = until_killed
-test_sweep.sweep_streams(pathlib.Path(sys.argv[1]))
+from helpers import tiny_model
+from retention_jax import evaluate
+from retention_jax.config import DataConfig, EvalConfig
+policies = ("full", "streaming", "random")
+config = EvalConfig(policies=policies, budgets=(3,), lengths=(36,), recent=6, examples=2, seeds=3)
+evaluate.run(tiny_model(vocab_size=64), config, DataConfig(), pathlib.Path(sys.argv[1]))
 """
 
 
@@ -243,7 +234,8 @@ def test_real_benchmarks_run(model, tok, tmp_path):
         "math500": "math500/test.jsonl",
         "ruler_rows/niah_multikey_3": "ruler/niah_multikey_3_4096.jsonl",
     }
-    made = {"perplexity": SHARED / "text" / "wikitext2_test.txt"}
+    made = {"perplexity": tmp_path / "some.txt"}
+    made["perplexity"].write_text((SHARED / "text" / "wikitext2_test.txt").read_text()[:5000])
     for name, file in files.items():
         made[name] = (tmp_path / name.replace("/", "_")).with_suffix(".jsonl")
         made[name].write_text("\n".join(sorted((SHARED / file).read_text().splitlines()[:50], key=len)[:2]))
@@ -252,16 +244,16 @@ def test_real_benchmarks_run(model, tok, tmp_path):
         tasks=(*made, "ruler/niah_single_1"),
         policies=("streaming",),
         lengths=(700,),
-        limit=2,
+        limit=1,
         examples=2,
         seeds=1,
         recent=64,
-        prefill_chunk=256,
+        prefill_chunk=1024,
         sources=tuple(f"{name}={path}" for name, path in made.items()),
     )
     found = {row.task: row for row in evaluate.run(model, config, DataConfig(), tmp_path / "out", tok)}
     assert list(found) == list(config.tasks)
     stream = found.pop("perplexity")
     assert stream.metric == "perplexity" and stream.score > 100 and stream.length == 700
-    assert all(r.n == 2 and 0 <= r.score <= 1 for r in found.values())
+    assert all(r.n == 1 and 0 <= r.score <= 1 for r in found.values())
     assert found["ruler/niah_single_1"].length == 700

@@ -36,7 +36,7 @@ LAYERS = (
     ("decoding", "losses", "checkpoint"),
     ("metrics", "text_generation", "evaluation", "plots"),
     ("evaluate",),
-    ("train", "prompt_files", "dilution", "dilution_plots"),
+    ("train", "prompt_files", "dilution", "dilution_plots", "report"),
     ("generate",),
 )
 

@@ -101,9 +101,9 @@ def test_retention_mass(B, heads, T):
 def test_buffer_attention(T, groups, H):
     """Heads of very different sizes, an empty one among them, in a pool that other layers have most of."""
     rng, (B, K, R, slots) = np.random.default_rng(T + H), (2, 4, 128, 9000)
-    normal = lambda *shape: rng.normal(size=shape).astype(ml_dtypes.bfloat16)
+    normal = lambda *shape, scale=1.0: (scale * rng.normal(size=shape)).astype(ml_dtypes.bfloat16)
     x: dict[str, Any] = dict(
-        q=3 * normal(B, T, K * groups, H),
+        q=normal(B, T, K * groups, H, scale=3.0),
         pool_k=normal(B, slots, H),
         pool_v=normal(B, slots, H),
         offset=np.array([[2000, 5000, 5000, 5003, 6100], [0, 17, 4113, 4200, 9000]], np.int32),
