@@ -160,7 +160,7 @@ REALS = ("temperature", "top_p")
 SWITCHES = ("query_aware",)
 
 
-def override(config: EvalConfig, **given: Sequence[str] | float | None) -> EvalConfig:
+def override(config: EvalConfig, **given: Sequence[str] | int | float | None) -> EvalConfig:
     """The config with the flags that were given (not None) in place of its fields.
 
     Raises:

@@ -227,6 +227,7 @@ def test_problems_come_all_at_once():
         assert part in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 def test_real_benchmarks_run(model, tok, tmp_path):
     files = {
