@@ -68,6 +68,8 @@ def check(config: EvalConfig, data: DataConfig) -> None:
         problems.append(f"task 'text' needs a config whose data.task is 'text', got {data.task!r}")
     if "recall" in config.tasks and min(config.lengths) < 3 * recall.SLOT:
         problems.append(f"task 'recall' needs lengths of at least {3 * recall.SLOT}, got {config.lengths}")
+    if "perplexity" in config.tasks and "perplexity" not in config.source_of:
+        problems.append("task 'perplexity' needs its text: --sources=perplexity=FILE")
     if config.seed < 0:
         problems.append(f"seed must not be negative, got {config.seed}")
     if problems:
@@ -131,12 +133,14 @@ def blocks(
     for task in config.tasks:
         try:
             if task in TASKS:
-                found += [Streams(model, config, data, task, length) for length in config.lengths]
+                found += [Streams(model, config, data, task, length, tokenizer) for length in config.lengths]
             elif tokenizer is None:
                 problems.append(f"task {task!r} has text for answers, which needs the model's tokenizer")
             else:
-                loaded = load.load(task, _task_settings(config, output))
-                found.append(Answers(model, tokenizer, config, task, loaded, None))
+                settings, encode = _task_settings(config, output), functools.partial(tokenizer.encode, bos=False)
+                for length in config.lengths if load.has_lengths(task) else (None,):
+                    loaded = load.load(task, settings, encode, length or 0)
+                    found.append(Answers(model, tokenizer, config, task, loaded, length))
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -146,7 +150,7 @@ def blocks(
 
 def _task_settings(config: EvalConfig, output: pathlib.Path | None) -> load.Settings:
     verdicts = (output or pathlib.Path()) / f"verdicts-{jax.process_index()}.jsonl"
-    return load.Settings(config.source_of, config.judge_url, config.judge_model, verdicts)
+    return load.Settings(config.source_of, config.judge_url, config.judge_model, verdicts, config.limit, config.seed)
 
 
 # Flags that stand in for a field of EvalConfig, by what the flag holds.
@@ -229,8 +233,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
         checkpoint.agree_on({"config": config_io.to_dict(config), "eval": config_io.to_dict(chosen)})
         backbone, gates = checkpoint_folders(values.checkpoint, config.backbone, chosen.policies)
         # Before the weights: what is wrong with it shows at once.
-        has_answers = any(task not in TASKS for task in chosen.tasks)
-        tok = tokenizer_lib.load(weights.resolve(backbone)) if has_answers else None
+        has_text = any(task not in ("recall", "text") for task in chosen.tasks)
+        tok = tokenizer_lib.load(weights.resolve(backbone)) if has_text else None
         run(weights.load(backbone, gates, config.dtype), chosen, config.data, output, tok)
 
 

@@ -13,6 +13,7 @@ from helpers import Step, assert_close, simulate, tiny_config, tiny_model
 
 from retention_jax import config_io, decoding, dilution, dilution_plots, evaluate
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
+from retention_jax.evaluation.streams import examples
 from retention_jax.models import gate as gate_lib
 from retention_jax.models import gate_files, rope, weights
 from retention_jax.tasks import recall
@@ -36,7 +37,7 @@ def model():
 @pytest.fixture(scope="module")
 def streams():
     """Tokens, the facts they tell of, and the fact each asks for."""
-    tokens = evaluate.examples("recall", SMALL, DATA, T)[0][0]
+    tokens = examples("recall", SMALL, DATA, T)[0][0]
     return tokens, recall.facts_at(tokens), np.clip(tokens - KEY, 0, recall.NUM_KEYS - 1)
 
 
@@ -271,7 +272,7 @@ def test_run_measures_every_cell(model, results):
 
 def test_margin_and_crowd_are_medians_over_queries(model, results):
     """The full cache's, from `measure` once more."""
-    tokens, labels = evaluate.examples("recall", SMALL, DATA, T)
+    tokens, labels = examples("recall", SMALL, DATA, T)
     at_queries = []
     for rows, answers in zip(tokens, labels, strict=True):
         asked = np.clip(rows - KEY, 0, recall.NUM_KEYS - 1)

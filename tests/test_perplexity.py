@@ -7,9 +7,10 @@ import pytest
 import tokenizers
 from text_helpers import save_tokenizer, write_rows
 
-from retention_jax import evaluate, tokenizer
+from retention_jax import tokenizer
 from retention_jax.config import DataConfig
 from retention_jax.data import pipeline, sources
+from retention_jax.evaluation import streams
 from retention_jax.tasks import perplexity
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -74,7 +75,7 @@ def test_scores_by_hand():
     assert perplexity.perplexity(log_prob) == pytest.approx(2 ** (7 / 4))
     assert perplexity.bits_per_byte(log_prob, np.array([[9, 3, 4], [9, 2, 5]])) == pytest.approx(7 / 14)
     bytes_each = np.ones((2, 3), int)
-    same = evaluate.bits_per_byte(log_prob, np.ones((2, 3), bool))
+    same = streams.bits_per_byte(log_prob, np.ones((2, 3), bool))
     assert perplexity.bits_per_byte(log_prob, bytes_each) == pytest.approx(same)
 
 

@@ -7,7 +7,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from helpers import tiny_model
@@ -21,6 +20,7 @@ from retention_jax.evaluation.journal import Unit
 from retention_jax.tasks.example import Example, Task, Turn
 
 ROOT = pathlib.Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
 CONFIG = EvalConfig(policies=("full", "streaming"), budgets=(6,), recent=4, batch_size=2, max_new_tokens=3)
 
 
@@ -83,8 +83,11 @@ def test_a_split_prompt_has_the_tokens_of_the_whole(tok, chat):
         assert whole.context == [] and split.context + split.turns[0] == whole.turns[0]
         assert split.turns[1:] == whole.turns[1:]
         said = example.context + example.turns[0].question
-        opened = "<|end|>\n<|start|>assistant\n<think>\n\n</think>\n\n"
-        text = f"<|start|>user\n{said}{opened} It is" if chat else f"{said} It is"
+        text = (
+            f"<|start|>user\n{said}<|end|>\n<|start|>assistant\n<think>\n\n</think>\n\n It is"
+            if chat
+            else f"{said} It is"
+        )
         assert tok.backend.decode(whole.turns[0], skip_special_tokens=False) == text
         read = tok.backend.decode(split.context, skip_special_tokens=False)
         assert "what" not in read and read.endswith("lazy dog. ")
@@ -95,12 +98,11 @@ def test_a_split_prompt_has_the_tokens_of_the_whole(tok, chat):
 
 
 def test_a_token_of_both_goes_to_the_question(tok):
-    # "quick" is one token of the whole text, and its beginning is the context's end.
-    example = Example("x", "the qui", (Turn("ck brown", ("",), 1),))
+    example = Example("x", "what is t", (Turn("wo", ("",), 1),))
     task = Task((example,), "F1", score, False, "")
     (prompt,) = prompts.of_task(task, tok, limit=None, query_aware=False, template_kwargs={})
-    assert prompt.context + prompt.turns[0] == tok.encode("the quick brown", bos=False)
-    assert len(tok.encode(" quick", bos=False)) == 1 and tok.decode(prompt.context) == "the"
+    assert prompt.context + prompt.turns[0] == tok.encode("what is two", bos=False)
+    assert len(tok.encode(" two", bos=False)) == 1 and tok.decode(prompt.context) == "what is"
 
 
 def test_rows_of_answers_by_hand(model, tok, tmp_path):
@@ -186,39 +188,41 @@ def test_a_models_name_is_that_of_its_values(model):
 
 
 PROGRAM = """
-import os, pathlib, signal, sys
+import pathlib, sys
 sys.path.insert(0, "tests")
 import conftest, jax
 jax.config.update("jax_disable_most_optimizations", True)
-from helpers import tiny_model
-from retention_jax import evaluate
-from retention_jax.config import DataConfig, EvalConfig
-policies = ("full", "streaming", "random")
-config = EvalConfig(policies=policies, budgets=(3,), lengths=(36,), recent=6, examples=2, seeds=3)
-evaluate.run(tiny_model(vocab_size=64), config, DataConfig(), pathlib.Path(sys.argv[1]))
+import test_sweep, os, signal
+from retention_jax.evaluation.journal import Journal
+write, units = Journal.write, []
+
+def until_killed(book, unit, result):
+    if len(units) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    units.append(unit)
+    write(book, unit, result)
+
+Journal.write = until_killed
+test_sweep.sweep_streams(pathlib.Path(sys.argv[1]))
 """
 
 
-def start(output):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(output)], cwd=ROOT, env=environment)
+def sweep_streams(output):
+    config = EvalConfig(policies=("full", "streaming", "random"), budgets=(3,), lengths=(36,), recent=6, examples=2)
+    return evaluate.run(tiny_model(vocab_size=64), config, DataConfig(), output)
 
 
-def test_a_killed_sweep_goes_on(tmp_path):
+def test_a_killed_sweep_goes_on(tmp_path, compile_quickly):
     path = tmp_path / "killed" / "journal-0.jsonl"
-    process = start(path.parent)
-    until = time.monotonic() + 100
-    while not (path.exists() and path.read_bytes().count(b"\n") >= 3) and time.monotonic() < until:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(path.parent)], cwd=ROOT, env=environment)
     assert process.wait() == -signal.SIGKILL
     before = path.read_bytes()
-    before = before[: before.rfind(b"\n") + 1]
-    assert 3 <= before.count(b"\n") < 10, "it must have been killed in the middle"
-    others = [start(path.parent), start(tmp_path / "whole")]
-    assert [process.wait() for process in others] == [0, 0]
+    assert before.count(b"\n") == 1 + 4
+    again, whole = sweep_streams(path.parent), sweep_streams(tmp_path / "whole")
+    assert [r.score for r in again] == [r.score for r in whole]
     after = path.read_bytes()
-    assert after.startswith(before) and after.count(b"\n") == 1 + 3 * 3
+    assert after.startswith(before) and after.count(b"\n") == 1 + 3 * 5
     header = json.loads(after.splitlines()[0])["fingerprint"]
     read = lambda folder: untimed(journal.read(folder, header))
     assert read(path.parent) == read(tmp_path / "whole")
@@ -230,3 +234,34 @@ def test_problems_come_all_at_once():
         evaluate.check(config, DataConfig())
     for part in ("'ruler/niah'; ruler has", "'gsm9k'; known: recall", "'longbench/hotpotqa' needs", "policy 'h3o'"):
         assert part in str(error.value)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+def test_real_benchmarks_run(model, tok, tmp_path):
+    files = {
+        "gsm8k": "gsm8k/test.jsonl",
+        "math500": "math500/test.jsonl",
+        "ruler_rows/niah_multikey_3": "ruler/niah_multikey_3_4096.jsonl",
+    }
+    made = {"perplexity": SHARED / "text" / "wikitext2_test.txt"}
+    for name, file in files.items():
+        made[name] = (tmp_path / name.replace("/", "_")).with_suffix(".jsonl")
+        made[name].write_text("\n".join(sorted((SHARED / file).read_text().splitlines()[:50], key=len)[:2]))
+    config = dataclasses.replace(
+        CONFIG,
+        tasks=(*made, "ruler/niah_single_1"),
+        policies=("streaming",),
+        lengths=(700,),
+        limit=2,
+        examples=2,
+        seeds=1,
+        recent=64,
+        prefill_chunk=256,
+        sources=tuple(f"{name}={path}" for name, path in made.items()),
+    )
+    found = {row.task: row for row in evaluate.run(model, config, DataConfig(), tmp_path / "out", tok)}
+    assert list(found) == list(config.tasks)
+    stream = found.pop("perplexity")
+    assert stream.metric == "perplexity" and stream.score > 100 and stream.length == 700
+    assert all(r.n == 2 and 0 <= r.score <= 1 for r in found.values())
+    assert found["ruler/niah_single_1"].length == 700

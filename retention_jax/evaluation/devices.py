@@ -62,4 +62,4 @@ def _compiling() -> list[float]:
 
 def compile_seconds() -> float:
     """Seconds that this process has spent compiling since this was first called."""
-    return sum(_compiling())
+    return sum(_compiling(), start=0.0)

@@ -44,7 +44,11 @@ def of_task(
         later = [_later(example, turn, tokenizer, templated, template_kwargs) for turn in range(1, len(example.turns))]
         prompts.append(
             Prompt(
-                index, first_turn, tokens[:split], [tokens[split:], *(t for t, _ in later)], any(c for _, c in later)
+                index=index,
+                first_turn=first_turn,
+                context=tokens[:split],
+                turns=[tokens[split:], *(turn for turn, _ in later)],
+                closing=any(closing for _, closing in later),
             )
         )
         first_turn += len(example.turns)

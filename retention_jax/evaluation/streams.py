@@ -20,23 +20,26 @@ from retention_jax.evaluation.journal import Result, Unit
 from retention_jax.evaluation.rows import Row, interval
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
-from retention_jax.tasks import recall
+from retention_jax.tasks import perplexity, recall
+from retention_jax.tokenizer import Tokenizer
 
-TASKS = ("recall", "text")
+TASKS = ("recall", "text", "perplexity")
+_METRICS = {"recall": "accuracy", "text": "bits_per_byte", "perplexity": "perplexity"}
 
 _LOGITS_BLOCK = 4096  # tokens whose vocabulary logits exist at one time, in the full cache's forward pass
 
 
 def examples(
-    task: str, config: EvalConfig, data: DataConfig, length: int
+    task: str, config: EvalConfig, data: DataConfig, length: int, tokenizer: Tokenizer | None = None
 ) -> tuple[Int[np.ndarray, "seeds n T"], Bool[np.ndarray, "seeds n T"]]:
     """Sequences of `length` tokens for each seed, and which of their tokens are scored.
 
     recall: `config.examples` new streams a seed. text: rows of the held-out tail, shuffled by the first seed and dealt
-    out, so that no two seeds share a row; fewer than `config.examples` each where the tail is short.
+    out, so that no two seeds share a row; fewer than `config.examples` each where the tail is short. perplexity: the
+    same from the first rows of a text under a tokenizer, which it needs.
 
     Raises:
-      ValueError: when the text has fewer rows than there are seeds, or as `pipeline.heldout_rows` does.
+      ValueError: when the text has fewer rows than there are seeds, and as `perplexity.rows` and `heldout_rows` do.
     """
     seeds = range(config.seed, config.seed + config.seeds)
     if task == "recall":
@@ -47,10 +50,17 @@ def examples(
         ]
         tokens, label_mask = (np.array([[s[field] for s in group] for group in streams]) for field in (0, 1))
         return tokens, label_mask
-    rows = pipeline.heldout_rows(data, length=length, limit=None)
+    if task == "perplexity":
+        if tokenizer is None:
+            raise ValueError("task 'perplexity' needs the model's tokenizer")
+        path, encode = config.source_of[task], perplexity.by_tokenizer(tokenizer)
+        rows = perplexity.rows(path, encode, length=length, limit=config.seeds * config.examples).tokens
+    else:
+        path, rows = data.path, pipeline.heldout_rows(data, length=length, limit=None)
     n = min(config.examples, len(rows) // config.seeds)
     if n == 0:
-        raise ValueError(f"{data.path}: {len(rows)} held-out rows of {length} tokens, too few for {config.seeds} seeds")
+        kind = "held-out " * (task == "text")
+        raise ValueError(f"{path}: {len(rows)} {kind}rows of {length} tokens, too few for {config.seeds} seeds")
     chosen = np.random.default_rng(config.seed).permutation(len(rows))[: config.seeds * n]
     tokens = rows[chosen].reshape(config.seeds, n, length)
     return tokens, np.ones_like(tokens, bool)
@@ -110,10 +120,18 @@ def full_kv_bytes(model: Decoder, length: int) -> int:
 class Streams:
     """One task at one length, ready to be scored."""
 
-    def __init__(self, model: Decoder, config: EvalConfig, data: DataConfig, task: str, length: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        config: EvalConfig,
+        data: DataConfig,
+        task: str,
+        length: int,
+        tokenizer: Tokenizer | None,
+    ) -> None:
         """Raises ValueError as `examples` does, and when the model's vocabulary is too small."""
         self.task, self.length, self.config, self.model = task, length, config, model
-        self.tokens, self.label_mask = examples(task, config, data, length)
+        self.tokens, self.label_mask = examples(task, config, data, length, tokenizer)
         if self.tokens.max() >= model.config.vocab_size:
             raise ValueError(
                 f"task {task!r} has token {self.tokens.max()}; the model's vocabulary is {model.config.vocab_size}"
@@ -144,8 +162,23 @@ class Streams:
             scores, kv_bytes = scorers[unit.policy, unit.budget](tokens)
             seconds = time.perf_counter() - started
             best, log_prob = np.asarray(scores.best), np.asarray(scores.log_prob)
-            score = accuracy(best, tokens, label_mask) if self.task == "recall" else bits_per_byte(log_prob, label_mask)
+            score = self._score(best, log_prob, tokens, label_mask)
             yield unit, {"score": score, "kv_bytes": kv_bytes, "seconds": seconds, "peak_bytes": devices.peak_bytes()}
+
+    def _score(
+        self,
+        best: Int[np.ndarray, "n T_less_1"],
+        log_prob: Float[np.ndarray, "n T_less_1"],
+        tokens: Int[np.ndarray, "n T"],
+        label_mask: Bool[np.ndarray, "n T"],
+    ) -> float:
+        match _METRICS[self.task]:
+            case "accuracy":
+                return accuracy(best, tokens, label_mask)
+            case "bits_per_byte":
+                return bits_per_byte(log_prob, label_mask)
+            case _:
+                return perplexity.perplexity(log_prob)
 
     def row(self, results: dict[Unit, Result]) -> Row:
         """The row of one policy and budget, whose units' results are given."""
@@ -156,7 +189,7 @@ class Streams:
             length=self.length,
             policy=unit.policy,
             budget=unit.budget,
-            metric="accuracy" if self.task == "recall" else "bits_per_byte",
+            metric=_METRICS[self.task],
             score=score,
             low=low,
             high=high,

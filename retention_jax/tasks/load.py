@@ -1,16 +1,19 @@
 """Benchmarks by name. A name is a family, or FAMILY/PART; most are read from the source given with it.
 
-longbench/PART                     parts: `longbench.NAMES`        SOURCE, see `data/sources.py`
+ruler/PART                         parts: `ruler.NAMES`            made for a length; SOURCE: its essay or questions
+ruler_rows/PART                           `ruler.NAMES`            SOURCE of prompts that RULER's own code has made
+gsm8k, math500, aime                                               SOURCE, see `data/sources.py`
+longbench/PART                            `longbench.NAMES`        SOURCE
 longbench_v2/PART                         `longbench_v2.NAMES`     SOURCE
 longmemeval/PART                          `longmemeval.NAMES`      SOURCE; answers are graded by a judge
 scbench/PART, scbench/MODE/PART           `scbench.NAMES`, `scbench.MODES`, the first of them by default    SOURCE
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from retention_jax.tasks import judge, longbench, longbench_v2, longmemeval, scbench
+from retention_jax.tasks import judge, longbench, longbench_v2, longmemeval, maths, ruler, scbench
 from retention_jax.tasks.example import Task
 
 
@@ -21,9 +24,14 @@ class Settings(NamedTuple):
     judge_url: str
     judge_model: str
     verdicts: pathlib.Path  # file that the judge's verdicts are kept in
+    limit: int | None  # ruler: how many examples are made; None: as many as its authors make
+    seed: int  # ruler
 
 
 PARTS = {
+    "ruler": ruler.NAMES,
+    "ruler_rows": ruler.NAMES,
+    **{name: ("",) for name in maths.NAMES},
     "longbench": longbench.NAMES,
     "longbench_v2": longbench_v2.NAMES,
     "longmemeval": longmemeval.NAMES,
@@ -37,14 +45,15 @@ def problems(names: Sequence[str], settings: Settings) -> list[str]:
     for name in names:
         family, _, part = name.partition("/")
         if family not in PARTS:
-            found.append(f"unknown task {name!r}; known: recall, text, {', '.join(PARTS)}")
+            found.append(f"unknown task {name!r}; known: recall, text, perplexity, {', '.join(PARTS)}")
         elif part not in PARTS[family]:
-            found.append(f"unknown task {name!r}; {family} has: {', '.join(PARTS[family])}")
-        elif not _source(name, settings):
+            found.append(f"unknown task {name!r}; {family} has: {', '.join(PARTS[family]) or 'no parts'}")
+        elif family != "ruler" and not _source(name, settings):
             found.append(f"task {name!r} needs its questions: --sources={family}=FILE")
         if family == "longmemeval" and not (settings.judge_url and settings.judge_model):
             found.append(f"task {name!r} needs judge_url and judge_model")
-    unused = [n for n in settings.sources if n not in names and n not in {name.partition("/")[0] for name in names}]
+    used = {"perplexity", *names, *(name.partition("/")[0] for name in names)}
+    unused = [name for name in settings.sources if name not in used]
     return found + [f"sources name {name!r}, which is no task of this run" for name in unused]
 
 
@@ -52,8 +61,18 @@ def _source(name: str, settings: Settings) -> str:
     return settings.sources.get(name) or settings.sources.get(name.partition("/")[0], "")
 
 
-def load(name: str, settings: Settings) -> Task:
-    """A task by its name.
+# Tokens of an answer, as R-KV has them (arXiv 2505.24133, with the prompt there), and RULER's number of examples.
+_MATHS_TOKENS = {"gsm8k": 8192, "math500": 16384, "aime": 32768}
+_RULER_EXAMPLES = 500
+
+
+def has_lengths(name: str) -> bool:
+    """Whether a task is made for a length; others' texts have lengths of their own."""
+    return name.partition("/")[0] == "ruler"
+
+
+def load(name: str, settings: Settings, encode: Callable[[str], list[int]], length: int) -> Task:
+    """A task by its name; `encode`, text to token ids, and `length` in tokens are for tasks that are made for one.
 
     Raises:
       ValueError: as the family's `load` does.
@@ -61,6 +80,14 @@ def load(name: str, settings: Settings) -> Task:
     family, _, part = name.partition("/")
     source = _source(name, settings)
     match family:
+        case "ruler":
+            files = {"qa" if part in ruler.LIBRARIES else "haystack": source}
+            examples = settings.limit or _RULER_EXAMPLES
+            return ruler.load(part, encode=encode, length=length, examples=examples, seed=settings.seed, **files)
+        case "ruler_rows":
+            return ruler.from_rows(source)
+        case "gsm8k" | "math500" | "aime":
+            return maths.load(family, source, max_new_tokens=_MATHS_TOKENS[family])
         case "longbench":
             return longbench.load(part, source)
         case "longbench_v2":
