@@ -50,7 +50,7 @@ class Entries(NamedTuple):
 
     k: Float[Array, "*axes H"]
     v: Float[Array, "*axes H"]
-    log_beta: Float[Array, "*axes"]
+    stat: Float[Array, "*axes"]  # the one number an entry carries for the policy: `policies.carried`
     pos: Int[Array, "*axes"]
 
 
@@ -67,7 +67,7 @@ class Buffer(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots, used or not: L*K*(M + R) times the size of a key, a value, log_beta and pos.
+        """Bytes of all slots, used or not: L*K*(M + R) times the size of a key, a value, a statistic, a position; and of the queries.
 
         On a mesh, beside this, every slot shard but one has a copy of the recent windows.
         """
@@ -250,7 +250,7 @@ def _merge(buffer: Buffer, window: Entries, window_live: Bool[Array, "B W"], row
     head = joined(pool_head, jnp.repeat(jnp.arange(heads, dtype=jnp.int32), W)[None])
     live = joined(pool_live, jnp.tile(window_live & rows[:, None], (1, heads)))
     pos = joined(buffer.pool.pos, flat.pos)
-    score = policies.score(cfg, joined(buffer.pool.log_beta, flat.log_beta), pos, head, buffer.seen)
+    score = policies.score(cfg, joined(buffer.pool.stat, flat.stat), pos, head, buffer.seen)
 
     useful = live
     if buffer.windows is not None:
