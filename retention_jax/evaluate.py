@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import time
+import typing
 from collections.abc import Callable, Sequence
 
 import jax
@@ -25,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import config_flags
 
 from retention_jax import checkpoint, config_io, distributed, files, plots, program_cache
-from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
+from retention_jax.config import CacheConfig, DataConfig, EvalConfig, Policy, TrainConfig
 from retention_jax.data import pipeline
 from retention_jax.decoding import Scores, compile_score_stream
 from retention_jax.models import decoder, gate_files, weights
@@ -34,7 +35,7 @@ from retention_jax.plots import Row
 from retention_jax.tasks import recall
 
 TASKS = ("recall", "text")
-POLICIES = ("full", "retention", "retention_local", "streaming", "random")
+POLICIES = ("full", "retention_local", *typing.get_args(Policy))
 
 _LOGITS_BLOCK = 4096  # tokens whose vocabulary logits exist at one time, in the full cache's forward pass
 
@@ -55,14 +56,10 @@ def cache_config(policy_name: str, budget: int, recent: int, length: int, seed: 
     match policy_name:
         case "full":
             return CacheConfig(budget=length, recent=recent)
-        case "retention":
-            return CacheConfig(budget=budget, recent=recent)
         case "retention_local":
             return CacheConfig(budget=budget, recent=recent, local=True)
-        case "streaming":
-            return CacheConfig(budget=budget, recent=recent, policy="streaming")
-        case "random":
-            return CacheConfig(budget=budget, recent=recent, policy="random", seed=seed)
+        case _ if policy_name in POLICIES:
+            return CacheConfig(budget=budget, recent=recent, policy=typing.cast(Policy, policy_name), seed=seed)
         case _:
             raise ValueError(f"unknown policy {policy_name!r}; known: {', '.join(POLICIES)}")
 
