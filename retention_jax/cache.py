@@ -50,7 +50,7 @@ class Entries(NamedTuple):
 
     k: Float[Array, "*axes H"]
     v: Float[Array, "*axes H"]
-    stat: Float[Array, "*axes"]  # the one number an entry carries for the policy: `policies.carried`
+    stat: Float[Array, "*axes"]  # what an entry carries for the policy: `policies.carried`
     pos: Int[Array, "*axes"]
 
 
@@ -68,8 +68,9 @@ class Buffer(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots, used or not: L*K*(M + R) times the size of a key, a value, a statistic, a position; and of the queries.
+        """Bytes of all slots, used or not: L*K*(M + R) times the size of a key, a value, a statistic and a position.
 
+        Queries are counted too, for policies that ask for them.
         On a mesh, beside this, every slot shard but one has a copy of the recent windows.
         """
         return sum(a.nbytes for a in jax.tree.leaves((self.pool, self.recent, self.queries)))

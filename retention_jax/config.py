@@ -88,7 +88,8 @@ class CacheConfig:
     horizon: int = 1  # steps of future use that the retention score counts
     local: bool = False  # M for each layer and head, in place of L*K*M for all together
     seed: int = 0  # of the random policies
-    observe: int = 32  # newest queries that vote, in snapkv, pyramidkv, adakv and rkv; their entries stay, as far as half the budget
+    # snapkv, pyramidkv, adakv, rkv: how many of the newest queries vote. Their entries stay, as far as half the budget.
+    observe: int = 32
     pool_width: int = 7  # neighbouring entries that share the best vote among them, in the same policies
 
     def __post_init__(self) -> None:

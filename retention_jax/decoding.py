@@ -46,7 +46,8 @@ def read_chunk(
 ) -> tuple[Float[Array, "B C D"], Buffer]:
     """Attends to buffer and chunk, runs all layers, merges the chunk into the pool. Returns final hidden states.
 
-    `length`: tokens of each row once its whole prompt is read, as `decoder.extend` has it. `outlook` as in `cache.take_in`.
+    `length`: tokens of each row once its whole prompt is read, as `decoder.extend` has it.
+    `outlook` as in `cache.take_in`.
     """
     hidden, new, queries = decoder.extend(model, tokens, valid, buffer, length)
     return hidden, cache_lib.take_in(buffer, new, valid, queries, outlook)

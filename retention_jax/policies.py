@@ -128,7 +128,7 @@ def queries_kept(cache: CacheConfig, tokens: int) -> int:
 
 
 def carried(cache: CacheConfig, log_beta: Float[Array, "*axes"], *, prompt: bool) -> Float[Array, "*axes"]:
-    """The number that new entries carry: log_beta for retention; 1 for a prompt's tokens under random_keep_prompt; 0."""
+    """What new entries carry: log_beta for retention; 1 for a prompt's tokens under random_keep_prompt; else 0."""
     if cache.policy == "retention":
         return log_beta
     return jnp.full_like(log_beta, float(prompt and cache.policy == "random_keep_prompt"))

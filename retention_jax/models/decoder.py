@@ -156,12 +156,12 @@ def extend(
     """Reads new tokens on top of the buffer, with ordinary attention over pool, recent window and themselves.
 
     `valid` marks real tokens, which come first in each row. Returns final hidden states (normed; anything at padding)
-    and the new entries [B, L, K, T, ...] for the cache to take in, and each row's newest queries, as many as the cache's
+    the new entries [B, L, K, T, ...] for the cache to take in, and each row's newest queries, as many as the cache's
     policy wants (None where it wants none; the first Q where a row has no more). The buffer itself is only read.
 
     `length` is how many tokens each row has once the prompt is read whose part this is, by default once these tokens
-    are, and then they are no prompt: longrope turns all of a long prompt by its factors for long sequences, also in chunks. Entries made while a
-    sequence was short stay as they were turned, as with a cache of `transformers`.
+    are, and then they are no prompt: longrope turns all of a long prompt by its factors for long sequences, also in
+    chunks. Entries made while a sequence was short stay as they were turned, as with a cache of `transformers`.
     """
     cfg = model.config
     prompt = length is not None
