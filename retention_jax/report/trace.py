@@ -69,7 +69,7 @@ def _read(
 
 
 def _scores_of(new: Entries) -> Float[Array, "B L K C"]:
-    return new.log_beta
+    return new.stat
 
 
 def record(
