@@ -16,8 +16,8 @@ get its slot.
 
 On a mesh, devices share the sequences out, and those that have the same sequences share their pool: n slot shards of
 L*K*M / n slots, each with an `offset` of its own. Windows are whole on all of them. Attention over a shard's slots is a
-part of a softmax, and parts are merged; `_deal` tells how evictions stay exact. Every function below runs on each
-device as if the shard were all, but for what `slot_shards` says.
+part of a softmax, and parts are merged; `selection.deal` tells how evictions stay exact. Every function below runs on
+each device as if the shard were all, but for what `slot_shards` says.
 """
 
 import functools
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from retention_jax import policies, sharding
+from retention_jax import policies, selection, sharding
 from retention_jax.config import CacheConfig
 from retention_jax.kernels import ops, slot_shards
 from retention_jax.kernels.partial_softmax import Partial
@@ -50,7 +50,7 @@ class Entries(NamedTuple):
 
     k: Float[Array, "*axes H"]
     v: Float[Array, "*axes H"]
-    log_beta: Float[Array, "*axes"]
+    stat: Float[Array, "*axes"]  # what an entry carries for the policy: `policies.carried`
     pos: Int[Array, "*axes"]
 
 
@@ -62,16 +62,18 @@ class Buffer(NamedTuple):
     recent: Entries
     recent_len: Int[Array, " B"]  # live tokens in `recent`; always the newest ones of the sequence
     seen: Int[Array, " B"]  # tokens processed so far
+    queries: Float[Array, "B L Q N H"] | None  # the newest, in a ring, for policies that ask for them
     windows: Windows | None  # static; None where all layers see everything
     config: CacheConfig  # static
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots, used or not: L*K*(M + R) times the size of a key, a value, log_beta and pos.
+        """Bytes of all slots, used or not: L*K*(M + R) times the size of a key, a value, a statistic and a position.
 
+        Queries are counted too, for policies that ask for them.
         On a mesh, beside this, every slot shard but one has a copy of the recent windows.
         """
-        return sum(a.nbytes for a in (*self.pool, *self.recent))
+        return sum(a.nbytes for a in jax.tree.leaves((self.pool, self.recent, self.queries)))
 
     @property
     def shards(self) -> int:
@@ -113,6 +115,8 @@ def empty(model: ModelConfig, cache: CacheConfig, batch: int) -> Buffer:
             f"layers * key/value heads * budget must be a multiple of mesh context * tensor = {slot_parts}, got "
             f"{model.num_layers} * {model.num_kv_heads} * {cache.budget} = {slots}"
         )
+    if slot_parts > 1 and policies.by_layer(cache):
+        problems.append(f"policy {cache.policy!r} needs whole heads: mesh context * tensor must be 1, got {slot_parts}")
     if problems:
         raise ValueError("buffer: " + "; ".join(problems))
     return _empty(model, cache, batch)
@@ -127,12 +131,14 @@ def _empty(model: ModelConfig, cache: CacheConfig, batch: int) -> Buffer:
         zeros = lambda: jnp.zeros((*axes, H), model.dtype)  # k and v must not be one buffer: both are donated
         return Entries(zeros(), zeros(), jnp.zeros(axes, jnp.float32), jnp.full(axes, -1, jnp.int32))
 
+    votes = policies.queries_kept(cache, cache.recent)
     buffer = Buffer(
         pool=entries(batch, L * K * cache.budget),
         offset=jnp.zeros((batch, sharding.shards(*sharding.SLOTS) * (L * K + 1)), jnp.int32),
         recent=entries(batch, L, K, cache.recent),
         recent_len=jnp.zeros(batch, jnp.int32),
         seen=jnp.zeros(batch, jnp.int32),
+        queries=jnp.zeros((batch, L, votes, model.num_heads, H), model.dtype) if votes else None,
         windows=None if model.windows is None else Windows(model.windows),
         config=cache,
     )
@@ -148,10 +154,10 @@ def layout(buffer: Buffer) -> Buffer:
     if buffer.shards != (shards := sharding.shards(*sharding.SLOTS)):
         raise ValueError(f"the buffer was made for {buffer.shards} slot shards, but the mesh has {shards}")
     pool, window = sharding.POOL, sharding.WINDOW
-    return buffer._replace(pool=pool, offset=pool, recent=window, recent_len=window, seen=window)
+    return buffer._replace(pool=pool, offset=pool, recent=window, recent_len=window, seen=window, queries=window)
 
 
-def _on_every_device(function: Callable[..., Buffer], buffer: Buffer, *by_row: Entries | Array) -> Buffer:
+def _on_every_device(function: Callable[..., Buffer], buffer: Buffer, *by_row: Entries | Array | None) -> Buffer:
     """`function(buffer, *by_row)` over the ambient mesh: every device gets its rows, and its shard of their pools."""
     parts = layout(buffer)
     return sharding.mapped(function, (parts, *(sharding.WINDOW for _ in by_row)), parts)(buffer, *by_row)
@@ -192,39 +198,100 @@ def _attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""]) -
     )
 
 
-def append(buffer: Buffer, new: Entries, active: Bool[Array, " B"]) -> Buffer:
-    """Writes one new token per row, [B, L, K, 1, ...], behind the recent window of the active rows."""
-    return _on_every_device(_append, buffer, new, active)
+def append(
+    buffer: Buffer, new: Entries, active: Bool[Array, " B"], queries: Float[Array, "B L 1 N H"] | None = None
+) -> Buffer:
+    """Writes one new token per row, [B, L, K, 1, ...], behind the recent window of the active rows.
+
+    Raises:
+      ValueError: without the tokens' `queries` where the policy needs them, and if it needs to know the future.
+    """
+    _check_what_is_known(buffer, queries, None)
+    return _on_every_device(_append, buffer, new, active, queries)
 
 
-def _append(buffer: Buffer, new: Entries, active: Bool[Array, " B"]) -> Buffer:
+def _check_what_is_known(buffer: Buffer, queries: Array | None, outlook: Array | None) -> None:
+    policy = buffer.config.policy
+    if policy == "oracle" and outlook is None:
+        raise ValueError("policy 'oracle' needs to know the future: only score_stream can tell it")
+    if buffer.queries is not None and queries is None:
+        raise ValueError(f"policy {policy!r} needs the queries of new tokens")
+
+
+def _append(
+    buffer: Buffer, new: Entries, active: Bool[Array, " B"], queries: Float[Array, "B L 1 N H"] | None
+) -> Buffer:
     def write(old: Shaped[Array, "B L K R *H"], one: Shaped[Array, "B L K 1 *H"]) -> Shaped[Array, "B L K R *H"]:
         # An inactive row writes behind its live tokens, where nothing is read.
         return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice_in_dim(o, n, at, axis=2))(
             old, one, buffer.recent_len
         )
 
-    step = active.astype(jnp.int32)
+    step, ring = active.astype(jnp.int32), buffer.queries
+    if ring is not None and queries is not None:
+
+        def turn(old, one, at, active):
+            there = jax.lax.dynamic_slice_in_dim(old, at, 1, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(active, one, there), at, axis=1)
+
+        ring = jax.vmap(turn)(ring, queries, buffer.seen % ring.shape[2], active)
     return buffer._replace(
+        queries=ring,
         recent=Entries(*(write(old, one) for old, one in zip(buffer.recent, new, strict=True))),
         recent_len=buffer.recent_len + step,
         seen=buffer.seen + step,
     )
 
 
-def take_in(buffer: Buffer, new: Entries, valid: Bool[Array, "B C"]) -> Buffer:
+def take_in(
+    buffer: Buffer,
+    new: Entries,
+    valid: Bool[Array, "B C"],
+    queries: Float[Array, "B L Q N H"] | None = None,
+    outlook: Float[Array, "B L K all"] | None = None,
+) -> Buffer:
     """Merges a chunk of new tokens, [B, L, K, C, ...], and the recent window before it into the pool.
 
     Padding (not `valid`, at the end of a row) never enters; a row without a valid token stays as it is.
+    `queries` are the newest of each row, as `decoder.extend` hands them back; `outlook` is what each position of the
+    sequence is still worth afterwards, for the oracle.
+
+    Raises:
+      ValueError: without queries or outlook where the policy needs them.
     """
-    return _on_every_device(_take_in, buffer, new, valid)
+    _check_what_is_known(buffer, queries, outlook)
+    return _on_every_device(_take_in, buffer, new, valid, queries, outlook)
 
 
-def _take_in(buffer: Buffer, new: Entries, valid: Bool[Array, "B C"]) -> Buffer:
+def _take_in(
+    buffer: Buffer,
+    new: Entries,
+    valid: Bool[Array, "B C"],
+    queries: Float[Array, "B L Q N H"] | None,
+    outlook: Float[Array, "B L K all"] | None,
+) -> Buffer:
+    asking = _asking(buffer)
+    if asking is not None and queries is not None:
+        # Of each row's valid tokens the last ones: the first Q where there are no more.
+        count, index = valid.sum(axis=1, dtype=jnp.int32)[:, None], jnp.arange(queries.shape[2], dtype=jnp.int32)[None]
+        at = jnp.maximum(count - queries.shape[2], 0) + index
+        pos = jnp.where(at < count, buffer.seen[:, None] + at, -1)
+        both = jnp.concatenate([asking.q, queries], axis=2), jnp.concatenate([asking.pos, pos], axis=1)
+        asking = policies.Queries(*both)
     recent_live = jnp.arange(buffer.config.recent)[None] < buffer.recent_len[:, None]
     window = Entries(*(jnp.concatenate(pair, axis=3) for pair in zip(buffer.recent, new, strict=True)))
     buffer = buffer._replace(seen=buffer.seen + valid.sum(axis=1, dtype=jnp.int32))
-    return _merge(buffer, window, jnp.concatenate([recent_live, valid], axis=1), rows=valid.any(axis=1))
+    live = jnp.concatenate([recent_live, valid], axis=1)
+    return _merge(buffer, window, live, rows=valid.any(axis=1), asking=asking, outlook=outlook)
+
+
+def _asking(buffer: Buffer) -> policies.Queries | None:
+    """The queries of the recent window. Slot j of the ring has the newest position that leaves j, if any does."""
+    if buffer.queries is None:
+        return None
+    slot, size, seen = jnp.arange(buffer.queries.shape[2], dtype=jnp.int32), buffer.queries.shape[2], buffer.seen
+    pos = seen[:, None] - 1 - (seen[:, None] - 1 - slot[None]) % size
+    return policies.Queries(buffer.queries, jnp.where(pos >= (seen - buffer.recent_len)[:, None], pos, -1))
 
 
 def evict_full(buffer: Buffer) -> Buffer:
@@ -235,10 +302,17 @@ def evict_full(buffer: Buffer) -> Buffer:
 def _evict_full(buffer: Buffer) -> Buffer:
     full = buffer.recent_len == buffer.config.recent
     live = jnp.broadcast_to(full[:, None], (full.shape[0], buffer.config.recent))
-    return _merge(buffer, buffer.recent, live, rows=full)
+    return _merge(buffer, buffer.recent, live, rows=full, asking=_asking(buffer))
 
 
-def _merge(buffer: Buffer, window: Entries, window_live: Bool[Array, "B W"], rows: Bool[Array, " B"]) -> Buffer:
+def _merge(
+    buffer: Buffer,
+    window: Entries,
+    window_live: Bool[Array, "B W"],
+    rows: Bool[Array, " B"],
+    asking: policies.Queries | None = None,
+    outlook: Float[Array, "B L K all"] | None = None,
+) -> Buffer:
     """Scores the pool and the live part of a window, keeps the best, and packs them, in the rows named."""
     cfg = buffer.config
     B, L, K, W = window.pos.shape
@@ -250,14 +324,24 @@ def _merge(buffer: Buffer, window: Entries, window_live: Bool[Array, "B W"], row
     head = joined(pool_head, jnp.repeat(jnp.arange(heads, dtype=jnp.int32), W)[None])
     live = joined(pool_live, jnp.tile(window_live & rows[:, None], (1, heads)))
     pos = joined(buffer.pool.pos, flat.pos)
-    score = policies.score(cfg, joined(buffer.pool.log_beta, flat.log_beta), pos, head, buffer.seen)
+    if policies.by_layer(cfg):
+        score, stat = _layer_scores(buffer, window, window_live & rows[:, None], asking)
+        kept = jnp.where(rows[:, None], stat[:, :slots], buffer.pool.stat)
+        buffer, flat = buffer._replace(pool=buffer.pool._replace(stat=kept)), flat._replace(stat=stat[:, slots:])
+    elif outlook is not None:
+        worth, size = outlook.reshape(B, -1), outlook.shape[-1]
+        score = jnp.take_along_axis(worth, head * size + jnp.clip(pos, 0, size - 1), axis=1)
+    else:
+        score = policies.score(cfg, joined(buffer.pool.stat, flat.stat), pos, head, buffer.seen)
 
     useful = live
     if buffer.windows is not None:
         sees = jnp.repeat(jnp.asarray(buffer.windows, jnp.int32), K)[head]
         useful = live & (buffer.seen[:, None] - pos < sees)  # the next token, at position `seen`, still sees it
-    keep = live & (choose(cfg, score, pos, head, useful, buffer.seen, heads, shared=heads * W) | ~rows[:, None])
-    keep = jnp.concatenate([keep[:, :slots], _deal(keep[:, :slots], keep[:, slots:])], axis=1)
+    keep = live & (
+        selection.choose(cfg, score, pos, head, useful, buffer.seen, heads, L, shared=heads * W) | ~rows[:, None]
+    )
+    keep = jnp.concatenate([keep[:, :slots], selection.deal(keep[:, :slots], keep[:, slots:])], axis=1)
     order, offset = ops.pack_order(keep, head, buffer.offset, W)
     # One array after the other, so that only one copy of a pool-sized array exists beside the result.
     packed = Entries(*(ops.pack_rows(pool, other, order) for pool, other in zip(buffer.pool, flat, strict=True)))
@@ -269,52 +353,35 @@ def _merge(buffer: Buffer, window: Entries, window_live: Bool[Array, "B W"], row
     )
 
 
-def choose(
-    cfg: CacheConfig,
-    score: Float[Array, "B E"],
-    pos: Int[Array, "B E"],
-    head: Int[Array, "B E"],
-    live: Bool[Array, "B E"],
-    seen: Int[Array, " B"],
-    heads: int,
-    *,
-    shared: int,
-) -> Bool[Array, "B E"]:
-    """Which entries survive: protected ones, each head's reserve, then the best of the rest up to the budget.
+def _layer_scores(
+    buffer: Buffer, window: Entries, window_live: Bool[Array, "B W"], asking: policies.Queries | None
+) -> tuple[Float[Array, "B E"], Float[Array, "B E"]]:
+    """Scores and statistics of pool and window, a layer at a time, so that one layer's keys are laid out by head."""
+    B, L, K, W = window.pos.shape
+    slots, most = buffer.pool.pos.shape[1], policies.most_in_a_head(buffer.config, K)
+    most = min(most, slots)
 
-    `shared` as in `ops.select_top`.
-    """
-    select_top = functools.partial(ops.select_top, shared=shared)
-    protected = live & ((pos < cfg.protect_first) | (pos >= seen[:, None] - cfg.protect_last))
-    score = jnp.where(protected, jnp.inf, score)
-    if cfg.min_per_head:
-        reserved = select_top(score, pos, head, live, capacity=cfg.min_per_head, groups=heads)
-        score = jnp.where(reserved, jnp.inf, score)
-    if cfg.threshold is not None:
-        live = live & (score >= np.log(np.float32(cfg.threshold)))
-    if cfg.local:
-        return select_top(score, pos, head, live, capacity=cfg.budget, groups=heads)
-    return select_top(score, pos, head, live, capacity=cfg.budget * heads, groups=1)
+    def one_layer(l: Int[Array, ""]) -> tuple[Float[Array, "B K E"], Float[Array, "B K E"]]:
+        of_layer = lambda a: jax.lax.dynamic_index_in_dim(a, l, axis=1, keepdims=False)
+        bounds = jax.lax.dynamic_slice_in_dim(buffer.offset, l * K, K + 1, axis=1)
+        slot = bounds[:, :-1, None] + jnp.arange(most, dtype=jnp.int32)[None, None]
+        pool_live, slot = slot < bounds[:, 1:, None], jnp.minimum(slot, slots - 1)
+        held = Entries(*(jax.vmap(lambda rows, at: rows[at])(a, slot) for a in buffer.pool))
+        k, v, stat, pos = (jnp.concatenate([a, of_layer(b)], axis=2) for a, b in zip(held, window, strict=True))
+        live = jnp.concatenate([pool_live, jnp.broadcast_to(window_live[:, None], (B, K, W))], axis=2)
+        size = None if buffer.windows is None else jnp.asarray(buffer.windows, jnp.int32)[l]
+        q, query_pos = (None, None) if asking is None else (of_layer(asking.q), asking.pos)
+        pos = jnp.where(live, pos, -1)
+        return policies.layer_score(buffer.config, k, v, stat, pos, buffer.seen, q, query_pos, size)
 
+    by_layer = jax.lax.map(one_layer, jnp.arange(L, dtype=jnp.int32))
+    head, _ = ops.slot_heads(buffer.offset, slots)
+    index = jnp.arange(slots, dtype=jnp.int32)[None] - jnp.take_along_axis(buffer.offset, head, axis=1)
+    index = head * most + jnp.clip(index, 0, most - 1)
 
-def _deal(in_pool: Bool[Array, "B S"], in_window: Bool[Array, "B heads_window"]) -> Bool[Array, "B heads_window"]:
-    """Which of the window's survivors this shard takes in.
+    def flat(a: Float[Array, "L B K E"]) -> Float[Array, "B flat"]:
+        a = a.swapaxes(0, 1).reshape(B, L * K, most + W)
+        pool = jnp.take_along_axis(a[:, :, :most].reshape(B, -1), index, axis=1)
+        return jnp.concatenate([pool, a[:, :, most:].reshape(B, -1)], axis=1)
 
-    A shard has a fixed number of slots, and scores may favour the entries of a single shard; still none ever overflows,
-    and no key or value ever moves from one to another. What survives in the pool stays where it is. Windows are whole
-    on every shard, and so is the knowledge which of their entries survive, since all shards found one threshold. These
-    are dealt out by free slots, one number that each shard tells the others: the shards with the most free slots take
-    turns until they have as few as the next one, which then joins in. As survivors never outnumber the slots of all
-    shards, there is a free slot for each. Shards that are equally full take the tokens of every head in turns.
-    """
-    if slot_shards.count() == 1:
-        return in_window
-    room = slot_shards.of_each(in_pool.shape[1] - in_pool.sum(axis=1, dtype=jnp.int32))
-    order = jnp.argsort(room, axis=1, descending=True)  # stable
-    falling = jnp.take_along_axis(room, order, axis=1)
-    # How many are dealt before shard i of the order joins: until then, those before it came down to its free slots.
-    joins = jnp.cumsum(falling, axis=1) - jnp.arange(1, room.shape[1] + 1, dtype=jnp.int32)[None] * falling
-    number = jnp.maximum(jnp.cumsum(in_window, axis=1, dtype=jnp.int32) - 1, 0)
-    players = (joins[:, None] <= number[:, :, None]).sum(axis=2, dtype=jnp.int32)
-    turn = (number - jnp.take_along_axis(joins, players - 1, axis=1)) % players
-    return in_window & (turn == jnp.argmax(order == slot_shards.index(), axis=1, keepdims=True).astype(jnp.int32))
+    return flat(by_layer[0]), flat(by_layer[1])

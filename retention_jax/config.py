@@ -24,7 +24,26 @@ from retention_jax.model_config import ModelConfig, require
 
 AnyArray = jax.Array | np.ndarray  # what public functions accept: an array on a device or on the host
 Share = Literal["layers", "layers_and_heads", "none"]
-Policy = Literal["retention", "streaming", "random"]
+Policy = Literal[
+    "retention",
+    "streaming",
+    "random",
+    "random_keep_prompt",
+    "key_norm",
+    "key_diff",
+    "tova",
+    "h2o",
+    "snapkv",
+    "pyramidkv",
+    "adakv",
+    "rkv",
+    "expected_attention",
+    "oracle",
+]
+# Policies that rank the entries of all layers and heads together; the others fix what each head or layer gets.
+GLOBAL = ("retention", "streaming", "random", "random_keep_prompt", "oracle")
+OBSERVING = ("snapkv", "pyramidkv", "adakv", "rkv")  # the newest queries vote
+PYRAMID = 20  # PyramidKV's beta: the last layer gets a 20th of the mean (arXiv 2406.02069)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +75,7 @@ class GateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """The global key/value buffer of one run: how much is kept, and by which score."""
+    """The global key/value buffer of one run: how much is kept, and by which score (`policies.py` says how)."""
 
     budget: int  # M
     recent: int = 128  # R: tokens between two evictions
@@ -68,10 +87,14 @@ class CacheConfig:
     threshold: float | None = None  # keep only score >= log(threshold), still capped by the budget
     horizon: int = 1  # steps of future use that the retention score counts
     local: bool = False  # M for each layer and head, in place of L*K*M for all together
-    seed: int = 0  # of the random policy
+    seed: int = 0  # of the random policies
+    # snapkv, pyramidkv, adakv, rkv: how many of the newest queries vote. Their entries stay, as far as half the budget.
+    observe: int = 32
+    pool_width: int = 7  # neighbouring entries that share the best vote among them, in the same policies
 
     def __post_init__(self) -> None:
         reserved = max(self.protect_first + self.protect_last, self.min_per_head)
+        least = self.newest + (self.budget - self.newest) // PYRAMID
         require(
             self,
             (self.budget >= 1, f"budget must be at least 1, got {self.budget}"),
@@ -98,7 +121,32 @@ class CacheConfig:
                 self.policy == "retention" or (self.horizon == 1 and self.threshold is None),
                 f"horizon and threshold belong to policy='retention', got policy={self.policy!r}",
             ),
+            (
+                self.policy in GLOBAL or not self.local,
+                f"local=True goes with the policies {', '.join(GLOBAL)}; {self.policy!r} says itself what a head gets",
+            ),
+            (self.observe >= 1, f"observe must be at least 1, got {self.observe}"),
+            (
+                self.pool_width >= 1 and self.pool_width % 2 == 1,
+                f"pool_width must be odd and at least 1, got {self.pool_width}",
+            ),
+            (
+                self.policy in OBSERVING or (self.observe, self.pool_width) == (32, 7),
+                f"observe and pool_width belong to the policies {', '.join(OBSERVING)}, got policy={self.policy!r}",
+            ),
+            (
+                self.policy != "pyramidkv" or reserved <= least,
+                f"what is protected or kept in every head must fit in pyramidkv's smallest layer, {least} entries a "
+                f"head, got {reserved}",
+            ),
         )
+
+    @property
+    def newest(self) -> int:
+        """The newest tokens that the policy itself keeps in every head; at most half the budget."""
+        if self.policy == "h2o":
+            return self.budget // 2
+        return min(self.observe, self.budget // 2) if self.policy in OBSERVING else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from retention_jax import cache as cache_lib
 from retention_jax import sampling, sharding
 from retention_jax.cache import Buffer
 from retention_jax.config import AnyArray, CacheConfig
+from retention_jax.kernels import key_products
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
 
@@ -41,21 +42,23 @@ def read_chunk(
     valid: Bool[Array, "B C"],
     buffer: Buffer,
     length: Int[Array, " B"] | None = None,
+    outlook: Float[Array, "B L K all"] | None = None,
 ) -> tuple[Float[Array, "B C D"], Buffer]:
     """Attends to buffer and chunk, runs all layers, merges the chunk into the pool. Returns final hidden states.
 
     `length`: tokens of each row once its whole prompt is read, as `decoder.extend` has it.
+    `outlook` as in `cache.take_in`.
     """
-    hidden, new = decoder.extend(model, tokens, valid, buffer, length)
-    return hidden, cache_lib.take_in(buffer, new, valid)
+    hidden, new, queries = decoder.extend(model, tokens, valid, buffer, length)
+    return hidden, cache_lib.take_in(buffer, new, valid, queries, outlook)
 
 
 def decode_step(
     model: Decoder, tokens: Int[Array, " B"], active: Bool[Array, " B"], buffer: Buffer
 ) -> tuple[Float[Array, "B V"], Buffer]:
     """Reads one token a row into the recent window, without evicting. An inactive row takes nothing in."""
-    hidden, new = decoder.extend(model, tokens[:, None], active[:, None], buffer)
-    return decoder.unembed(model, hidden[:, 0]), cache_lib.append(buffer, new, active)
+    hidden, new, queries = decoder.extend(model, tokens[:, None], active[:, None], buffer)
+    return decoder.unembed(model, hidden[:, 0]), cache_lib.append(buffer, new, active, queries)
 
 
 @functools.partial(jax.jit, donate_argnames=("buffer", "last"))
@@ -338,15 +341,48 @@ def _score_stream(model, tokens, cache, lengths):
     inputs, targets = jnp.pad(tokens, pad)[:, :-1], jnp.pad(tokens, pad)[:, 1:]
     valid = jnp.arange(chunks * R)[None] < lengths[:, None]
 
+    worth = _outlook(model, inputs, valid, cache) if cache.policy == "oracle" else None
+
     def one_chunk(buffer, chunk):
-        tokens, targets, valid = chunk
-        hidden, buffer = read_chunk(model, tokens, valid, buffer)
+        tokens, targets, valid, outlook = chunk
+        hidden, buffer = read_chunk(model, tokens, valid, buffer, outlook=outlook)
         log_probs = jax.nn.log_softmax(decoder.unembed(model, hidden), axis=-1)
         log_prob = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
         return buffer, Scores(log_prob, jnp.argmax(log_probs, axis=-1).astype(jnp.int32))
 
     buffer, scores = jax.lax.scan(
-        one_chunk, cache_lib.empty(model.config, cache, B), (by_chunk(inputs), by_chunk(targets), by_chunk(valid))
+        one_chunk,
+        cache_lib.empty(model.config, cache, B),
+        (by_chunk(inputs), by_chunk(targets), by_chunk(valid), worth),
     )
     together = lambda a: a.swapaxes(0, 1).reshape(B, chunks * R)[:, : T - 1]
     return Scores(together(scores.log_prob), together(scores.best)), buffer
+
+
+def _outlook(
+    model: Decoder, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], cache: CacheConfig
+) -> Float[Array, "chunks B L K T"]:
+    """For each chunk of R tokens, the attention that every token will get after it in a full cache, all later queries
+    and the group's heads together: T/R times B*L*K*T float32, as no other policy needs.
+
+    Ranking by it is the oracle: greedy on the full cache's attention, and so not the best that could be kept.
+    """
+    (B, T), cfg, R = tokens.shape, model.config, cache.recent
+    asks_for_all = CacheConfig(budget=1, recent=1, policy="h2o")
+    _, new, q = decoder.extend(model, tokens, valid, cache_lib.empty(cfg, asks_for_all, B))
+    assert q is not None
+    starts = jnp.arange(0, T, R, dtype=jnp.int32)
+
+    def one_layer(l):
+        k, pos = (jax.lax.dynamic_index_in_dim(a, l, 1, keepdims=False) for a in (new.k, new.pos))
+        of_layer = jax.lax.dynamic_index_in_dim(q, l, 1, keepdims=False)
+        window = None if cfg.windows is None else jnp.asarray(cfg.windows, jnp.int32)[l]
+
+        def one_chunk(start):
+            cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start, R, 1)
+            return key_products.received(cut(of_layer), cut(pos[:, 0]), k, pos, window).sum(axis=2)
+
+        got = jax.lax.map(one_chunk, starts)
+        return jnp.flip(jnp.cumsum(jnp.flip(got, 0), axis=0), 0) - got
+
+    return jax.lax.map(one_layer, jnp.arange(cfg.num_layers, dtype=jnp.int32)).transpose(1, 2, 0, 3, 4)

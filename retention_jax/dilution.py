@@ -28,7 +28,7 @@ from absl import app, flags, logging
 from jaxtyping import Array, Bool, Float, Int
 
 from retention_jax import cache as cache_lib
-from retention_jax import dilution_plots, evaluate, files
+from retention_jax import dilution_plots, evaluate, files, policies
 from retention_jax.cache import Buffer, Entries
 from retention_jax.config import AnyArray, CacheConfig, DataConfig, EvalConfig, TrainConfig
 from retention_jax.config_io import from_config_dict
@@ -119,9 +119,9 @@ def measure(
 
     def one_chunk(buffer, chunk):
         tokens, asked, valid = chunk
-        hidden, entries, found = _extend(model, tokens, valid, buffer, marks, asked)
+        hidden, entries, queries, found = _extend(model, tokens, valid, buffer, marks, asked)
         best = jnp.argmax(decoder.unembed(model, hidden), axis=-1).astype(jnp.int32)
-        return cache_lib.take_in(buffer, entries, valid), (*found, best)
+        return cache_lib.take_in(buffer, entries, valid, queries), (*found, best)
 
     chunked = (by_chunk(pad(tokens)), by_chunk(pad(asked)), by_chunk(valid))
     _, found = jax.lax.scan(one_chunk, cache_lib.empty(model.config, cache, B), chunked)
@@ -135,7 +135,7 @@ def _extend(
     buffer: Buffer,
     marks: Float[Array, "B all any_and_facts"],
     asked: Int[Array, "B T"],
-) -> tuple[Float[Array, "B T D"], Entries, tuple[Float[Array, "B T L N"], ...]]:
+) -> tuple[Float[Array, "B T D"], Entries, Float[Array, "B L T N H"] | None, tuple[Float[Array, "B T L N"], ...]]:
     """`decoder.extend`, layer by layer, with the masses of `Measured` beside what it returns.
 
     Attention over 0 and 1 in place of values is the share of attention on the ones, by the very same operations. With
@@ -170,8 +170,8 @@ def _extend(
         useful, _, log_seen = share(jnp.zeros_like(q))
         seen = jnp.exp(log_seen)
         attended = attend(q, buffer.pool.v, v).out
-        log_beta = gate_lib.log_retention(features, weight, offset)
-        out = (k.swapaxes(1, 2), v.swapaxes(1, 2), log_beta, (on_asked, on_any, useful * seen, seen))
+        stat = policies.carried(buffer.config, gate_lib.log_retention(features, weight, offset), prompt=False)
+        out = (q, k.swapaxes(1, 2), v.swapaxes(1, 2), stat, (on_asked, on_any, useful * seen, seen))
         return layer.finish(x, attended.astype(q.dtype)), out
 
     x = model.embedding[...][tokens]
@@ -179,10 +179,14 @@ def _extend(
     windows = None if cfg.windows is None else jnp.asarray(cfg.windows, jnp.int32)
     scanned = (model.layers, weight, offset, jnp.arange(cfg.num_layers), windows)
     x, (*new, found) = jax.lax.scan(layer_step, x, scanned)
-    k, v, log_beta = (a.swapaxes(0, 1) for a in new)
-    entries = Entries(k, v, log_beta, jnp.broadcast_to(jnp.where(valid, pos, -1)[:, None, None], log_beta.shape))
+    q, k, v, stat = (a.swapaxes(0, 1) for a in new)
+    entries = Entries(k, v, stat, jnp.broadcast_to(jnp.where(valid, pos, -1)[:, None, None], stat.shape))
+    wanted = policies.queries_kept(buffer.config, tokens.shape[1])
+    first = jnp.maximum(valid.sum(axis=1, dtype=jnp.int32) - wanted, 0)
+    newest = jax.vmap(lambda q, at: jax.lax.dynamic_slice_in_dim(q, at, wanted, axis=1))(q, first)
+    queries = newest if wanted else None
     hidden = layers.rms_norm(x, model.final_norm[...], cfg.norm_eps)
-    return hidden, entries, tuple(jnp.moveaxis(a, 0, 2) for a in found)
+    return hidden, entries, queries, tuple(jnp.moveaxis(a, 0, 2) for a in found)
 
 
 def evaluated(model: Decoder, config: EvalConfig, data: DataConfig, length: int, policy: str, budget: int) -> Result:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast, get_args
 
 import jax
 from absl import app, flags
@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from retention_jax import checkpoint, config_io, distributed, program_cache
 from retention_jax import tokenizer as tokenizer_lib
-from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
+from retention_jax.config import CacheConfig, DataConfig, EvalConfig, Policy, TrainConfig
 from retention_jax.evaluation import devices, rows, sweep
 from retention_jax.evaluation.answers import Answers
 from retention_jax.evaluation.rows import Row
@@ -28,7 +28,7 @@ from retention_jax.models.decoder import Decoder
 from retention_jax.tasks import load, recall
 from retention_jax.tokenizer import Tokenizer
 
-POLICIES = ("full", "retention", "retention_local", "streaming", "random")
+POLICIES = ("full", "retention_local", *get_args(Policy))
 
 
 def cache_config(policy_name: str, budget: int, recent: int, length: int, seed: int) -> CacheConfig:
@@ -47,14 +47,10 @@ def cache_config(policy_name: str, budget: int, recent: int, length: int, seed: 
     match policy_name:
         case "full":
             return CacheConfig(budget=length, recent=recent)
-        case "retention":
-            return CacheConfig(budget=budget, recent=recent)
         case "retention_local":
             return CacheConfig(budget=budget, recent=recent, local=True)
-        case "streaming":
-            return CacheConfig(budget=budget, recent=recent, policy="streaming")
-        case "random":
-            return CacheConfig(budget=budget, recent=recent, policy="random", seed=seed)
+        case _ if policy_name in POLICIES:
+            return CacheConfig(budget=budget, recent=recent, policy=cast(Policy, policy_name), seed=seed)
         case _:
             raise ValueError(f"unknown policy {policy_name!r}; known: {', '.join(POLICIES)}")
 
@@ -64,6 +60,12 @@ def check(config: EvalConfig, data: DataConfig) -> None:
     problems = [] if config.tasks else [f"no task is named; known: {', '.join((*TASKS, *load.PARTS))}"]
     problems += load.problems([t for t in config.tasks if t not in TASKS], _task_settings(config, None))
     problems += [f"unknown policy {p!r}; known: {', '.join(POLICIES)}" for p in config.policies if p not in POLICIES]
+    if "oracle" in config.policies and (answered := [t for t in config.tasks if t not in TASKS]):
+        problems.append(
+            f"policy 'oracle' must know what comes: not with task {answered[0]!r}, whose answers are written"
+        )
+    if "random_keep_prompt" in config.policies and (read := [t for t in config.tasks if t in TASKS]):
+        problems.append(f"policy 'random_keep_prompt' needs a prompt: task {read[0]!r} has none")
     if "text" in config.tasks and data.task != "text":
         problems.append(f"task 'text' needs a config whose data.task is 'text', got {data.task!r}")
     if "recall" in config.tasks and min(config.lengths) < 3 * recall.SLOT:
@@ -107,15 +109,16 @@ def run(
     check(config, data)
     cache_of = lambda policy, budget, length: cache_config(policy, budget, config.recent, length, config.seed)
     settings = {"eval": config_io.to_dict(config), "data": config_io.to_dict(data)}
-    # A unit says which task, length, policy and budget it is of, so that a run with more of them goes on from this one.
-    of_units = ("tasks", "lengths", "policies", "budgets")
+    # A unit says which task, length, policy and budget it is of, so that a run with more of them goes on from this one;
+    # and each result says which texts it is of.
+    of_units = ("tasks", "lengths", "policies", "budgets", "sources")
     shared = {name: value for name, value in settings["eval"].items() if name not in of_units}
     return sweep.run(
         blocks(model, config, data, output, tokenizer),
         lambda length: cells(config, length),
         cache_of,
         header=rows.header(settings, config.seed),
-        fingerprint={"eval": shared, "data": settings["data"], "model": devices.digest(model)},
+        fingerprint={"eval": shared, "model": devices.digest(model)},
         output=output,
         alone=devices.is_own(model),
     )

@@ -152,7 +152,7 @@ def check(story: Story, cfg: CacheConfig, model=MODEL) -> None:
             for got, source in (
                 (host.recent.k, story.k),
                 (host.recent.v, story.v),
-                (host.recent.log_beta, story.log_beta),
+                (host.recent.stat, story.log_beta),
             ):
                 want = source[row, :, :, start : host.seen[row]]
                 assert same_bytes(got[row, :, :, : len(kept.recent)], want), f"{message}, recent"

@@ -148,10 +148,10 @@ def test_turns_continue_the_buffer_as_it_is(model):
     extend, append, take_in = (jax.jit(f) for f in (decoder.extend, cache.append, cache.take_in))
     for size in (5, 5, 2, 1, 1, 5, 3, 1, 1):
         part, valid = tokens[:, len(log_beta) : len(log_beta) + size], jnp.ones((1, size), bool)
-        _, new = extend(model, part, valid, shadow)
+        _, new, _ = extend(model, part, valid, shadow)
         shadow = append(shadow, new, valid[:, 0]) if size == 1 else take_in(shadow, new, valid)
         steps.append(("token" if size == 1 else "read", size))
-        log_beta += [np.asarray(new.log_beta[0, :, :, t]) for t in range(size)]
+        log_beta += [np.asarray(new.stat[0, :, :, t]) for t in range(size)]
     want = simulate(np.stack(log_beta, axis=-1), steps, cfg)[-1]
     got = [p.tolist() for layer in buffer.positions(0) for p in layer]
     assert got == [want.positions(head) for head in range(HEADS)]

@@ -63,7 +63,7 @@ def test_trace_is_what_a_loop_over_kept_positions_sees(model, cache):
         valid = np.arange(start, start + R)[None] < T
         new, buffer = read(model, np.resize(tokens[start:], R)[None], valid, buffer)
         if got.log_beta is not None:
-            scores = np.asarray(new.log_beta)[0, ..., : T - start]
+            scores = np.asarray(new.stat)[0, ..., : T - start]
             np.testing.assert_allclose(got.log_beta[..., start : start + R], scores, rtol=1e-5)
         seen = min(start + R, T)
         for layer, heads in enumerate(buffer.positions(0)):

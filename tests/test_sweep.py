@@ -83,8 +83,11 @@ def test_a_split_prompt_has_the_tokens_of_the_whole(tok, chat):
         assert whole.context == [] and split.context + split.turns[0] == whole.turns[0]
         assert split.turns[1:] == whole.turns[1:]
         said = example.context + example.turns[0].question
-        opened = "<|end|>\n<|start|>assistant\n<think>\n\n</think>\n\n"
-        text = f"<|start|>user\n{said}{opened} It is" if chat else f"{said} It is"
+        text = (
+            f"<|start|>user\n{said}<|end|>\n<|start|>assistant\n<think>\n\n</think>\n\n It is"
+            if chat
+            else f"{said} It is"
+        )
         assert tok.backend.decode(whole.turns[0], skip_special_tokens=False) == text
         read = tok.backend.decode(split.context, skip_special_tokens=False)
         assert "what" not in read and read.endswith("lazy dog. ")
@@ -189,12 +192,18 @@ import pathlib, sys
 sys.path.insert(0, "tests")
 import conftest, jax
 jax.config.update("jax_disable_most_optimizations", True)
-from helpers import tiny_model
-from retention_jax import evaluate
-from retention_jax.config import DataConfig, EvalConfig
-policies = ("full", "streaming", "random")
-config = EvalConfig(policies=policies, budgets=(3,), lengths=(36,), recent=6, examples=2, seeds=3)
-evaluate.run(tiny_model(vocab_size=64), config, DataConfig(), pathlib.Path(sys.argv[1]))
+import test_sweep, os, signal
+from retention_jax.evaluation.journal import Journal
+write, units = Journal.write, []
+
+def until_killed(book, unit, result):
+    if len(units) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    units.append(unit)
+    write(book, unit, result)
+
+Journal.write = until_killed
+test_sweep.sweep_streams(pathlib.Path(sys.argv[1]))
 """
 
 

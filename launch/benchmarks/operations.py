@@ -124,6 +124,7 @@ def _full_buffer(settings: Settings, budget: int, batch: int) -> Buffer:
         recent=entries(seen + jnp.arange(R, dtype=jnp.int32)[None, None, None], batch, L, K, R),
         recent_len=jnp.full(batch, R, jnp.int32),
         seen=jnp.full(batch, seen + R, jnp.int32),
+        queries=None,
         windows=None,
         config=rj.CacheConfig(budget=budget, recent=R),
     )

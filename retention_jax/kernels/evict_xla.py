@@ -32,28 +32,30 @@ def select_top(
     head: Int[Array, "B E"],
     live: Bool[Array, "B E"],
     *,
-    capacity: int,
+    capacity: int | Int[Array, "B groups"],
     groups: int,
     shared: int = 0,
+    heads_of_group: int = 1,
 ) -> Bool[Array, "B E"]:
-    """The `capacity` best live entries of each row (groups=1) or of each head of each row (groups=heads).
+    """The `capacity` best live entries of each row (groups=1) or of each group of heads of each row.
 
     Ties: higher pos first, then lower head. Exactly min(live, capacity) entries a group are chosen.
 
     A row's entries may lie on several slot shards; the last `shared` ones are the same on all of them. The shards tell
     each other how many entries reach a threshold, and so find the one that a single device would find.
     """
+    group = head if heads_of_group == 1 else head // heads_of_group
     counted = (jnp.arange(score.shape[1]) < score.shape[1] - shared)[None] | (slot_shards.index() == 0)
 
     def count(chosen: Bool[Array, "B E"]) -> Int[Array, "B groups"]:
         chosen = chosen & counted
         if groups == 1:
             return slot_shards.total(chosen.sum(axis=1, keepdims=True, dtype=jnp.int32))
-        by_head = jax.vmap(lambda c, h: jax.ops.segment_sum(c.astype(jnp.int32), h, groups))
-        return slot_shards.total(by_head(chosen, head))
+        by_group = jax.vmap(lambda c, g: jax.ops.segment_sum(c.astype(jnp.int32), g, groups))
+        return slot_shards.total(by_group(chosen, group))
 
     def spread(value: Shaped[Array, "B groups"]) -> Shaped[Array, "B spread"]:
-        return value if groups == 1 else jnp.take_along_axis(value, head, axis=1)
+        return value if groups == 1 else jnp.take_along_axis(value, group, axis=1)
 
     need = jnp.full((score.shape[0], groups), capacity, jnp.int32)
     keys = (order_key(score), pos.astype(jnp.uint32), ~head.astype(jnp.uint32))

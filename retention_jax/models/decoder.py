@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from retention_jax import cache as cache_lib
-from retention_jax import sharding
+from retention_jax import policies, sharding
 from retention_jax.cache import Buffer, Entries
 from retention_jax.config import AnyArray, GateConfig
 from retention_jax.kernels import ops
@@ -152,41 +152,50 @@ def extend(
     valid: Bool[Array, "B T"],
     buffer: Buffer,
     length: Int[Array, " B"] | None = None,
-) -> tuple[Float[Array, "B T D"], Entries]:
+) -> tuple[Float[Array, "B T D"], Entries, Float[Array, "B L Q N H"] | None]:
     """Reads new tokens on top of the buffer, with ordinary attention over pool, recent window and themselves.
 
     `valid` marks real tokens, which come first in each row. Returns final hidden states (normed; anything at padding)
-    and the new entries [B, L, K, T, ...] for the cache to take in. The buffer itself is only read.
+    the new entries [B, L, K, T, ...] for the cache to take in, and each row's newest queries, as many as the cache's
+    policy wants (None where it wants none; the first Q where a row has no more). The buffer itself is only read.
 
     `length` is how many tokens each row has once the prompt is read whose part this is, by default once these tokens
-    are: longrope turns all of a long prompt by its factors for long sequences, also in chunks. Entries made while a
-    sequence was short stay as they were turned, as with a cache of `transformers`.
+    are, and then they are no prompt: longrope turns all of a long prompt by its factors for long sequences, also in
+    chunks. Entries made while a sequence was short stay as they were turned, as with a cache of `transformers`.
     """
     cfg = model.config
+    prompt = length is not None
     length = buffer.seen + valid.sum(axis=1, dtype=jnp.int32) if length is None else length
     pos = buffer.seen[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     turn = rope.rotation(pos, length[:, None], cfg)
+    wanted = policies.queries_kept(buffer.config, tokens.shape[1])
+    first = jnp.maximum(valid.sum(axis=1, dtype=jnp.int32) - wanted, 0)
 
     def layer_step(x, scanned):
         layer, weight, offset, index, window = scanned
         layer = sharding.gathered(layer, table=sharding.DECODING)
         q, k, v, features = layer.project(x, turn)
         k, v = (sharding.constrain(a, "cached") for a in (k, v))
-        log_beta = gate_lib.log_retention(features, weight, offset)
+        stat = policies.carried(buffer.config, gate_lib.log_retention(features, weight, offset), prompt=prompt)
+        asking = jax.vmap(lambda q, at: jax.lax.dynamic_slice_in_dim(q, at, wanted))(q, first) if wanted else None
         attended = ops.merge([cache_lib.attend(buffer, q, index), ops.causal_attention(q, k, v, window)]).out
         attended = sharding.constrain(attended.astype(q.dtype), "heads")
         x = sharding.constrain(layer.finish(x, attended), "hidden")
-        return x, (k.swapaxes(1, 2), v.swapaxes(1, 2), log_beta)
+        return x, (k.swapaxes(1, 2), v.swapaxes(1, 2), stat, asking)
 
     x = sharding.constrain(sharding.constrain(model.embedding[...][tokens], "embedded"), "hidden")
     weight, offset = model.final_projection.per_layer(cfg.num_layers, cfg.num_kv_heads)
     windows = None if cfg.windows is None else jnp.asarray(cfg.windows, jnp.int32)
     scanned = (model.layers, weight, offset, jnp.arange(cfg.num_layers), windows)
-    x, (k, v, log_beta) = jax.lax.scan(layer_step, x, scanned)
+    x, (k, v, stat, asking) = jax.lax.scan(layer_step, x, scanned)
     by_row = lambda a: a.swapaxes(0, 1)
-    everywhere = jnp.broadcast_to(jnp.where(valid, pos, -1)[:, None, None], by_row(log_beta).shape)
-    entries = Entries(by_row(k), by_row(v), by_row(log_beta), everywhere)
-    return layers_lib.rms_norm(x, model.final_norm[...], cfg.norm_eps), entries
+    everywhere = jnp.broadcast_to(jnp.where(valid, pos, -1)[:, None, None], by_row(stat).shape)
+    entries = Entries(by_row(k), by_row(v), by_row(stat), everywhere)
+    return (
+        layers_lib.rms_norm(x, model.final_norm[...], cfg.norm_eps),
+        entries,
+        None if asking is None else by_row(asking),
+    )
 
 
 def unembed(model: Decoder, hidden: Float[Array, "*axes D"]) -> Float[Array, "*axes V"]:

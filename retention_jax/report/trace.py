@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from retention_jax import cache as cache_lib
 from retention_jax import config_io, evaluate, files, program_cache, sharding, tokenizer
-from retention_jax.cache import Buffer, Entries
+from retention_jax.cache import Buffer
 from retention_jax.config import CacheConfig, TrainConfig
 from retention_jax.models import decoder, weights
 from retention_jax.models.decoder import Decoder
@@ -64,12 +64,8 @@ def half_life(log_beta: Float[np.ndarray, "*axes"]) -> Float[np.ndarray, "*axes"
 def _read(
     model: Decoder, tokens: Int[Array, "B C"], valid: Bool[Array, "B C"], buffer: Buffer
 ) -> tuple[Float[Array, "B L K C"], Buffer]:
-    _, new = decoder.extend(model, tokens, valid, buffer)
-    return _scores_of(new), cache_lib.take_in(buffer, new, valid)
-
-
-def _scores_of(new: Entries) -> Float[Array, "B L K C"]:
-    return new.log_beta
+    _, new, queries = decoder.extend(model, tokens, valid, buffer)
+    return new.stat, cache_lib.take_in(buffer, new, valid, queries=queries)
 
 
 def record(
