@@ -16,8 +16,8 @@ get its slot.
 
 On a mesh, devices share the sequences out, and those that have the same sequences share their pool: n slot shards of
 L*K*M / n slots, each with an `offset` of its own. Windows are whole on all of them. Attention over a shard's slots is a
-part of a softmax, and parts are merged; `selection.deal` tells how evictions stay exact. Every function below runs on each
-device as if the shard were all, but for what `slot_shards` says.
+part of a softmax, and parts are merged; `selection.deal` tells how evictions stay exact. Every function below runs on
+each device as if the shard were all, but for what `slot_shards` says.
 """
 
 import functools

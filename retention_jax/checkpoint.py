@@ -136,17 +136,17 @@ def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
     """
     ours = json.loads(json.dumps(config_io.to_dict(config)))
     agree_on(ours)
-    _share(workdir)
+    share(workdir)
     path = workdir / "config.json"
     if path.exists():
         try:
             theirs = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not valid JSON: {error}") from error
-        if differing := _differing(theirs, ours):
+        if changes := differing(theirs, ours):
             raise ValueError(
                 f"{workdir} belongs to another configuration; give another --workdir, or go back to: "
-                + ", ".join(f"{name}={before!r} (now {now!r})" for name, before, now in differing)
+                + ", ".join(f"{name}={before!r} (now {now!r})" for name, before, now in changes)
             )
     elif jax.process_index() == 0:
         files.write_atomically(path, lambda p: p.write_text(json.dumps(ours, indent=2)))
@@ -158,13 +158,13 @@ def agree_on(values: dict[str, Any]) -> None:
     problems = [
         f"{name} is {mine!r} in process 0 and {other!r} in process {i}"
         for i, theirs in enumerate(others, start=1)
-        for name, mine, other in _differing(first, theirs)
+        for name, mine, other in differing(first, theirs)
     ]
     if problems:
         raise ValueError("processes were started with different configurations: " + "; ".join(problems))
 
 
-def _share(workdir: pathlib.Path) -> None:
+def share(workdir: pathlib.Path) -> None:
     """Raises ValueError, on every process alike, where some do not see what process 0 writes into the workdir."""
     token = workdir / f".shared-{distributed.gather(secrets.token_hex(8))[0]}"
     if jax.process_index() == 0:
@@ -179,12 +179,13 @@ def _share(workdir: pathlib.Path) -> None:
         token.unlink()
     if blind := {i: where for i, where in enumerate(answers) if where}:
         raise ValueError(
-            "--workdir must be one folder that all processes share; what process 0 wrote is not in "
+            "the run's folder must be one that all processes share; what process 0 wrote is not in "
             + ", ".join(f"{where} of process {i}" for i, where in blind.items())
         )
 
 
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Names and both values of what differs in two nested objects."""
     a, b = _flat(before), _flat(now)
     return [(name, a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
 

@@ -192,7 +192,7 @@ def generate(
     _check_prompts(model, prompts, row_ids, max_new_tokens)
     drawing = sampling.settings(temperature, top_k, top_p, min_p)
     lengths = [len(p) for p in prompts]
-    tokens = np.zeros((len(prompts), _bucket(max(lengths), cache.prefill_chunk)), np.int32)
+    tokens = np.zeros((len(prompts), bucket(max(lengths), cache.prefill_chunk)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     how = (
@@ -240,7 +240,7 @@ def _check_prompts(
         raise ValueError("; ".join(problems))
 
 
-def _bucket(length: int, chunk: int | None) -> int:
+def bucket(length: int, chunk: int | None) -> int:
     """The width that prompts are padded to, at most a quarter more: few widths are few programs to compile."""
     step = 2 ** max(length.bit_length() - 3, 4)
     width = -(-length // step) * step

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 import tqdm
-from absl import app, flags
+from absl import app, flags, logging
 from jaxtyping import Array, Bool, Float, Int
 
 from retention_jax import cache as cache_lib
@@ -33,6 +33,8 @@ from retention_jax.cache import Buffer, Entries
 from retention_jax.config import AnyArray, CacheConfig, DataConfig, EvalConfig, TrainConfig
 from retention_jax.config_io import from_config_dict
 from retention_jax.dilution_plots import Result
+from retention_jax.evaluation import streams
+from retention_jax.evaluation.rows import interval
 from retention_jax.kernels import ops
 from retention_jax.models import decoder, layers, rope, weights
 from retention_jax.models import gate as gate_lib
@@ -189,7 +191,7 @@ def _extend(
 
 def evaluated(model: Decoder, config: EvalConfig, data: DataConfig, length: int, policy: str, budget: int) -> Result:
     """Dilution and accuracy of one policy and budget on the recall streams of all seeds, at one length."""
-    tokens, label_mask = evaluate.examples("recall", config, data, length)
+    tokens, label_mask = streams.examples("recall", config, data, length)
     # All in one chunk is the full cache: nothing is evicted before the last token has been read.
     recent = length if policy == "full" else config.recent
     cache = evaluate.cache_config(policy, budget, recent, length, config.seed)
@@ -200,7 +202,7 @@ def evaluated(model: Decoder, config: EvalConfig, data: DataConfig, length: int,
         queries = np.pad(labels[:, 1:], ((0, 0), (0, 1)))  # the key, after which the answer is predicted
         at_queries = (a[queries].astype(np.float64) for a in found[:4])
         on_asked, on_any, useful, seen = at_queries
-        accuracy.append(evaluate.accuracy(found.best[:, :-1], rows, labels))
+        accuracy.append(streams.accuracy(found.best[:, :-1], rows, labels))
         dilution.append(1 - on_asked.mean(axis=0))
         off_facts.append(1 - on_any.mean(axis=0))
         useful, seen = np.rint(useful), np.rint(seen)
@@ -247,7 +249,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _shown(by_seed: Float[np.ndarray, " seeds"], digits: int) -> str:
-    mean, low, high = evaluate.interval(by_seed.tolist())
+    mean, low, high = interval(by_seed.tolist())
     return f"{mean:.{digits}f} ± {(high - low) / 2:.{digits}f}" if len(by_seed) > 1 else f"{mean:.{digits}f}"
 
 
@@ -270,7 +272,7 @@ def run(model: Decoder, config: EvalConfig, data: DataConfig, output: pathlib.Pa
     Args:
       model: backbone and gates.
       config: lengths, policies, budgets, seeds; the task must be recall alone, which knows its useful tokens.
-      data: the config's, for `evaluate.examples`.
+      data: the config's, for `streams.examples`.
       output: folder for `dilution.json` and `dilution.png`; None writes nothing. Only process 0 writes.
 
     Raises:
@@ -303,6 +305,8 @@ def run(model: Decoder, config: EvalConfig, data: DataConfig, output: pathlib.Pa
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if not values["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     config = from_config_dict(TrainConfig, values.config)
     given = {name: values[name].value for name in ("tasks", "policies", "budgets", "lengths", "seed")}
     chosen = evaluate.override(config.eval, **given)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from retention_jax import plots
-from retention_jax.evaluate import interval
+from retention_jax.evaluation.rows import interval
 
 
 class Result(NamedTuple):
@@ -141,7 +141,10 @@ def _margins(axes: Axes, results: Sequence[Result], lines: Sequence[tuple[str, i
     for dilution in (0.1, 0.5, 0.9):
         needed = np.log(crowd * (1 - dilution) / dilution)
         axes.plot(crowd, needed, color="0.55", linewidth=1.0, linestyle=":")
-        axes.annotate(f"dilution {dilution}", (crowd[0], needed[0]), ha="left", va="bottom", fontsize=8, color="0.35")
+        end = (crowd[-1], needed[-1])
+        axes.annotate(
+            f"dilution {dilution}", end, (4, 0), textcoords="offset points", va="center", fontsize=8, color="0.35"
+        )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
     axes.spines[["top", "right"]].set_visible(False)

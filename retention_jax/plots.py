@@ -8,37 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-
-class Row(NamedTuple):
-    """One result: a policy with a budget on one task at one length, over all seeds."""
-
-    task: str
-    length: int  # tokens a sequence
-    policy: str
-    budget: int  # M, kept entries per layer and head; the length for the full cache
-    metric: str  # "accuracy", a share, or "bits_per_byte", where lower is better
-    score: float  # mean over seeds
-    low: float  # 95 % Student-t interval of that mean; the score itself where there is one seed
-    high: float
-    n: int  # scored tokens, over all seeds
-    seeds: int
-    kv_bytes: (
-        int  # held for one sequence: keys, values, and for a budget log_beta and positions, recent window included
-    )
-    full_kv_bytes: int  # keys and values of all tokens
-    seconds: float  # to score all sequences, without compilation
-
-
-_NAMES = {"accuracy": "accuracy (%)", "bits_per_byte": "bits per byte (lower is better)"}
+from retention_jax.evaluation.rows import Row, lower_is_better, named, shown
 
 # Colours that the colour-blind can tell apart (Okabe & Ito, https://jfly.uni-koeln.de/color/); markers differ as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-
-
-def shown(metric: str, score: float) -> float:
-    """The number as tables and figures show it: accuracy in %, the rest as it is."""
-    return 100 * score if metric == "accuracy" else score
 
 
 def quality(rows: Sequence[Row], path: str | os.PathLike) -> None:
@@ -58,9 +32,9 @@ def quality(rows: Sequence[Row], path: str | os.PathLike) -> None:
     for length, axes in zip(lengths, panels, strict=True):
         _panel(axes, [row for row in rows if row.length == length], policies)
         axes.set_title(f"{length} tokens", fontsize=10)
-    if rows[0].metric == "accuracy":
+    if not lower_is_better(rows[0].metric):
         panels[0].set_ylim(bottom=0)  # now that all is drawn: a limit set by hand stops the axis from growing
-    panels[0].set_ylabel(_NAMES[rows[0].metric])
+    panels[0].set_ylabel(named(rows[0].metric))
     figure.supxlabel("budget: kept entries per layer and head", fontsize=10)
     figure.suptitle(message(rows), fontsize=11, fontweight="bold")
     if policies:
@@ -74,6 +48,57 @@ def quality(rows: Sequence[Row], path: str | os.PathLike) -> None:
             loc="outside right center",
             frameon=False,
         )
+    figure.savefig(path, dpi=200, format="png")
+
+
+def memory(rows: Sequence[Row], path: str | os.PathLike) -> None:
+    """Draws score against the bytes held for a sequence, one panel for each length of one task, as a PNG file.
+
+    Error bars are the rows' 95 % intervals; the full cache is a point of its own, and a dashed line.
+
+    Raises:
+      ValueError: on no rows, or rows of several tasks.
+    """
+    if len({row.task for row in rows}) != 1:
+        raise ValueError(f"a figure shows the rows of one task, got {sorted({row.task for row in rows})}")
+    lengths = sorted({row.length for row in rows})
+    policies = list(dict.fromkeys(row.policy for row in rows))
+    evicting = [policy for policy in policies if policy != "full"]
+    figure = Figure(figsize=(max(1.6 + 3.4 * len(lengths), 7.0), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    entries = {}
+    for length, axes in zip(lengths, panels, strict=True):
+        for policy in policies:
+            mine = [row for row in rows if row.length == length and row.policy == policy]
+            mine.sort(key=lambda row: row.kv_bytes)
+            scores = [shown(row.metric, row.score) for row in mine]
+            below = [shown(row.metric, row.score - row.low) for row in mine]
+            above = [shown(row.metric, row.high - row.score) for row in mine]
+            i = evicting.index(policy) if policy != "full" else None
+            if mine and i is None:
+                axes.axhline(scores[0], color="black", linestyle="--", linewidth=1.0)
+            entries[policy] = axes.errorbar(
+                [row.kv_bytes / 2**20 for row in mine],
+                scores,
+                yerr=[below, above],
+                color="black" if i is None else COLORS[i % len(COLORS)],
+                marker="*" if i is None else MARKERS[i % len(MARKERS)],
+                markersize=5,
+                capsize=2.5,
+                linewidth=1.6,
+                elinewidth=1.0,
+            )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{length} tokens", fontsize=10)
+    panels[0].set_ylabel(named(rows[0].metric))
+    figure.supxlabel("KV memory of a sequence (MiB)", fontsize=10)
+    figure.suptitle(f"{rows[0].task}: score against memory", fontsize=11, fontweight="bold")
+    labels = ["full cache" if policy == "full" else policy.replace("_", " ") for policy in policies]
+    figure.legend([entries[policy] for policy in policies], labels, loc="outside right center", frameon=False)
     figure.savefig(path, dpi=200, format="png")
 
 
@@ -128,7 +153,7 @@ def _full_line(axes: Axes, rows: Sequence[Row]) -> None:
     right = not budgets or distance(budgets[-1]) >= distance(budgets[0])
     mean = sum(row.score for row in others) / len(others) if others else full.score
     axes.annotate(
-        f"full cache {score:.1f} %" if full.metric == "accuracy" else f"full cache {score:.3f}",
+        f"full cache {score:.1f} %" if not lower_is_better(full.metric) else f"full cache {score:.3f}",
         (0.98 if right else 0.02, score),
         xycoords=("axes fraction", "data"),
         xytext=(0, 3 if full.score >= mean else -3),
@@ -147,7 +172,7 @@ def message(rows: Sequence[Row]) -> str:
     """
     length = max(row.length for row in rows)
     here = [row for row in rows if row.length == length]
-    lower_is_better = here[0].metric == "bits_per_byte"
+    fewer_is_better = lower_is_better(here[0].metric)
     evicting = [row for row in here if row.policy != "full" and row.budget < length]
     full = next((row for row in here if row.policy == "full"), None)
     where = f"{here[0].task} at {length} tokens"
@@ -159,9 +184,9 @@ def message(rows: Sequence[Row]) -> str:
         return f"{where}: {who}"
     if first.low <= full.high and full.low <= first.high:
         return f"{where}: {who} is level with the full cache"
-    verb = "beats" if (first.score < full.score) == lower_is_better else "falls short of"
+    verb = "beats" if (first.score < full.score) == fewer_is_better else "falls short of"
     gap = abs(shown(first.metric, first.score) - shown(full.metric, full.score))
-    by = f"{gap:.3f} bits per byte" if lower_is_better else f"{gap:.1f} points"
+    by = f"{gap:.3f} {first.metric.replace('_', ' ')}" if fewer_is_better else f"{gap:.1f} points"
     return f"{where}: {who}\n{verb} the full cache by {by}"
 
 

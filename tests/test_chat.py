@@ -10,6 +10,8 @@ from text_helpers import TEMPLATE, save_tokenizer
 
 from retention_jax import chat, templates, tokenizer
 
+pytestmark = pytest.mark.slow
+
 USER, MORE = {"role": "user", "content": "two plus two?"}, {"role": "user", "content": "and three?"}
 INLINE = {"role": "assistant", "content": "<think>\nhm, 2 and 2\n</think>\n\nfour."}
 FIELD = {"role": "assistant", "content": "five.", "reasoning_content": "well"}

@@ -16,6 +16,8 @@ LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 sys.path.insert(0, str(LAUNCH))
 import hlo  # noqa: E402  # pyright: ignore[reportMissingImports]
 
+pytestmark = pytest.mark.slow
+
 LAYERS, N = 5, 64
 
 

@@ -7,11 +7,15 @@ import os
 
 import numpy as np
 import pytest
+import tqdm
 from absl import app, flags
 from helpers import tiny_config, tiny_model
 
 from retention_jax import config_io, evaluate, plots
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
+from retention_jax.evaluation import rows as rows_lib
+from retention_jax.evaluation import streams
+from retention_jax.evaluation.rows import Row
 from retention_jax.models import gate_files, weights
 from retention_jax.tasks import recall
 
@@ -42,13 +46,13 @@ def evaluated(model, text, tmp_path_factory):
     output = tmp_path_factory.mktemp("eval") / "new" / "folder"
     lines = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.tqdm.tqdm, "write", lambda text: lines.append(text))
+        patch.setattr(tqdm.tqdm, "write", lambda text: lines.append(text))
         rows = evaluate.run(model, TEXT, text, output)
     return rows, output, "\n".join(lines)
 
 
 def row(**changes):
-    one = plots.Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 1, 1.0)
+    one = Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 1, 1, 1.0, 9.0, None, {})
     return one._replace(**changes)
 
 
@@ -59,19 +63,19 @@ def test_accuracy_by_hand():
     tokens = np.array([[5, 6, 7, 8], [1, 2, 3, 4]])
     label_mask = np.array([[True, True, False, True], [False, False, False, True]])  # the first token has no prediction
     best = np.array([[6, 0, 9], [2, 3, 4]])  # of the labelled 6, 8 and 4: right, wrong, right
-    assert evaluate.accuracy(best, tokens, label_mask) == pytest.approx(2 / 3)
+    assert streams.accuracy(best, tokens, label_mask) == pytest.approx(2 / 3)
 
 
 def test_bits_per_byte_by_hand():
     log_prob = np.log(np.array([[1 / 2, 1 / 4, 1 / 3], [1 / 8, 1 / 3, 1.0]], np.float32))
     label_mask = np.array([[True, True, True, False], [True, True, False, True]])
-    assert evaluate.bits_per_byte(log_prob, label_mask) == pytest.approx((1 + 2 + 3 + 0) / 4)
+    assert streams.bits_per_byte(log_prob, label_mask) == pytest.approx((1 + 2 + 3 + 0) / 4)
 
 
 def test_interval_by_hand():
     half = 4.303 * 1 / 3**0.5  # t(0.975; 2) as printed tables have it, s = 1, n = 3
-    assert evaluate.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
-    assert evaluate.interval([0.5]) == (0.5, 0.5, 0.5)
+    assert rows_lib.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
+    assert rows_lib.interval([0.5]) == (0.5, 0.5, 0.5)
 
 
 # What is evaluated.
@@ -84,15 +88,15 @@ def test_policy_names():
     assert make("retention_local") == CacheConfig(budget=16, recent=8, local=True)
     assert make("streaming") == CacheConfig(budget=16, recent=8, policy="streaming")
     assert make("random") == CacheConfig(budget=16, recent=8, policy="random", seed=7)
-    with pytest.raises(ValueError, match="unknown policy 'h2o'; known: full, retention, retention_local"):
-        make("h2o")
+    with pytest.raises(ValueError, match="unknown policy 'h3o'; known: full, retention, retention_local"):
+        make("h3o")
 
 
 def test_recall_examples_differ_by_seed_only():
-    one, mask = evaluate.examples("recall", SMALL, DATA, 36)
+    one, mask = streams.examples("recall", SMALL, DATA, 36)
     assert one.shape == mask.shape == (2, 3, 36) and mask[..., 1:].any(axis=-1).all()
-    np.testing.assert_array_equal(one, evaluate.examples("recall", SMALL, DATA, 36)[0])
-    later, _ = evaluate.examples("recall", EvalConfig(examples=3, seeds=2, seed=1), DATA, 36)
+    np.testing.assert_array_equal(one, streams.examples("recall", SMALL, DATA, 36)[0])
+    later, _ = streams.examples("recall", EvalConfig(examples=3, seeds=2, seed=1), DATA, 36)
     np.testing.assert_array_equal(one[1], later[0])
     assert len(np.unique(np.concatenate([one, later[1:]]).reshape(-1, 36), axis=0)) == 9
 
@@ -100,11 +104,11 @@ def test_recall_examples_differ_by_seed_only():
 def test_text_examples_share_no_row_between_seeds(tmp_path):
     data = text_data(tmp_path)  # 400 bytes are held out: 8 rows of 48
     config = EvalConfig(tasks=("text",), examples=100, seeds=3)
-    tokens, mask = evaluate.examples("text", config, data, 48)
+    tokens, mask = streams.examples("text", config, data, 48)
     assert tokens.shape == mask.shape == (3, 2, 48) and mask.all()
     assert len(np.unique(tokens.reshape(6, 48), axis=0)) == 6
     with pytest.raises(ValueError, match="8 held-out rows of 48 tokens, too few for 9 seeds"):
-        evaluate.examples("text", EvalConfig(tasks=("text",), seeds=9), data, 48)
+        streams.examples("text", EvalConfig(tasks=("text",), seeds=9), data, 48)
 
 
 # A run.
@@ -131,49 +135,49 @@ def test_only_a_budget_that_holds_everything_scores_as_the_full_cache(evaluated)
 
 
 def test_blocks_of_logits_change_nothing(model, monkeypatch):
-    tokens = evaluate.examples("recall", SMALL, DATA, 36)[0][0]
-    whole = evaluate.score_full(model, tokens)
-    monkeypatch.setattr(evaluate, "_LOGITS_BLOCK", 16)
-    blocks = inspect.unwrap(evaluate.score_full)(model, tokens)
+    tokens = streams.examples("recall", SMALL, DATA, 36)[0][0]
+    whole = streams.score_full(model, tokens)
+    monkeypatch.setattr(streams, "_LOGITS_BLOCK", 16)
+    blocks = inspect.unwrap(streams.score_full)(model, tokens)
     np.testing.assert_allclose(whole.log_prob, blocks.log_prob, atol=1e-6)
     np.testing.assert_array_equal(whole.best, blocks.best)
 
 
 def test_same_seed_same_numbers_and_other_seed_other_numbers(evaluated, model, text):
     again, other = (evaluate.run(model, dataclasses.replace(TEXT, seed=seed), text, None) for seed in (0, 1))
-    untimed = lambda rows: [r._replace(seconds=0.0) for r in rows]
+    untimed = lambda rows: [r._replace(seconds=0.0, tokens_per_second=0.0) for r in rows]
     assert untimed(again) == untimed(evaluated[0])
     assert all(a.score != b.score for a, b in zip(again, other, strict=True))
 
 
 def test_results_read_back_as_rows(evaluated):
     rows, output, _ = evaluated
-    assert [plots.Row(**r) for r in json.loads((output / "results.json").read_text())] == rows
-    assert sorted(os.listdir(output)) == ["quality_text.png", "results.json"]
+    assert rows_lib.load(output / "results.json") == rows
+    assert sorted(os.listdir(output)) == ["journal-0.jsonl", "quality_text.png", "results.json"]
 
 
 def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    evaluate.save([row()], path)
+    rows_lib.save({}, [row()], path)
     before = path.read_bytes()
     with pytest.raises(ValueError, match="not JSON compliant"):
-        evaluate.save([row(), row(score=float("nan"))], path)
+        rows_lib.save({}, [row(), row(score=float("nan"))], path)
 
     def disk_full(*args):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "replace", disk_full)
     with pytest.raises(OSError, match="no space left"):
-        evaluate.save([row(budget=1)], path)
+        rows_lib.save({}, [row(budget=1)], path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["results.json"]
 
 
 def test_table_on_screen(evaluated):
     rows, _, screen = evaluated
-    assert screen.strip() == evaluate.table(rows)
+    assert screen.strip() == rows_lib.table(rows)
     full = row(policy="full", budget=768, score=0.611, low=0.601, high=0.621)
-    text = evaluate.table(
+    text = rows_lib.table(
         [full, row(budget=16, score=0.5, low=0.488, high=0.512), row(), row(policy="random", score=0.1)]
     )
     assert text.splitlines() == [
@@ -183,7 +187,13 @@ def test_table_on_screen(evaluated):
         "random                               10.0 ± 2.0",
         "full cache               61.1 ± 1.0",
     ]
-    alone = evaluate.table([row(task="text", metric="bits_per_byte", policy="full", score=2.34567, seeds=1)])
+    alone = rows_lib.table(
+        [
+            row(task="text", metric="bits_per_byte", policy="full", seeds=1)._replace(
+                score=2.34567, low=2.34567, high=2.34567
+            )
+        ]
+    )
     assert alone.splitlines()[1].split() == ["full", "cache", "2.346"]
 
 
@@ -231,7 +241,7 @@ def test_title_knows_that_fewer_bits_are_better():
     "changes, message",
     [
         ({"tasks": ["recal"]}, "unknown task 'recal'; known: recall, text"),
-        ({"policies": ["full", "h2o"]}, "unknown policy 'h2o'; known: full, retention"),
+        ({"policies": ["full", "h2o"]}, "unknown policy 'h3o'; known: full, retention"),
         ({"tasks": ["text"]}, "needs a config whose data.task is 'text', got 'recall'"),
         ({"lengths": ["192", "8"]}, "'recall' needs lengths of at least 9"),
         ({"seed": -1}, "seed must not be negative, got -1"),
@@ -306,16 +316,16 @@ def test_command_from_workdir_to_results(tmp_path, model, capsys):
     gate_files.save_gates(model, tmp_path / "run" / "gates")
     output = tmp_path / "out"
     command(tmp_path, f"--checkpoint={tmp_path / 'run'}", f"--output={output}", "--policies=full,retention", "--seed=4")
-    rows = [plots.Row(**r) for r in json.loads((output / "results.json").read_text())]
+    rows = rows_lib.load(output / "results.json")
     assert [(r.policy, r.budget) for r in rows] == [("full", 36), ("retention", 3)]
     assert all(r.metric == "accuracy" and r.n == 2 * 3 * round(recall.QUERY_SHARE * 12) for r in rows)
-    assert evaluate.table(rows) in capsys.readouterr().out
+    assert rows_lib.table(rows) in capsys.readouterr().out
 
 
 @reads_config
 def test_command_refuses_before_it_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "load", lambda *args: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match="unknown policy 'h2o'; known: full"):
+    with pytest.raises(ValueError, match="unknown policy 'h3o'; known: full"):
         command(tmp_path, f"--checkpoint={tmp_path}", "--policies=h2o")
     with pytest.raises(app.UsageError, match="unexpected arguments"):
         command(tmp_path, "recall")

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 TPU = ("--name=n", "--zone=z", "--type=v5p-32", "--version=v2-alpha-tpuv5", "--bucket=b", "--project=p", "--spot")

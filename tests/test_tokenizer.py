@@ -10,6 +10,8 @@ from tokenizers import models, processors
 
 from retention_jax import tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def test_text_comes_back(tmp_path):
     save_tokenizer(tmp_path)

@@ -3,6 +3,8 @@
 A source is a file, a glob of files, or `hf://datasets/ORG/NAME/FILE` (also a glob, NAME@REVISION pins it):
 
     *.jsonl    an object a line          *.json    a list of objects, or an object a line          *.parquet
+
+Long text may also lie in a local file with any other ending, as it is.
 """
 
 import glob
@@ -66,6 +68,28 @@ def objects(source: str) -> list[dict[str, Any]]:
                 problems.append(f"{path}, {place}: {row if isinstance(row, ValueError) else 'must be an object'}")
     if problems or not found:
         raise ValueError("\n".join(problems[:_MOST_PROBLEMS]) or f"{source}: has no rows")
+    return found
+
+
+def text(source: str) -> str:
+    """The text of a local plain file, or of a source's rows: their field `text`, with an empty line between two.
+
+    Raises:
+      ValueError: when there is none or it is not UTF-8, and as `objects` does.
+    """
+    path = pathlib.Path(source).expanduser()
+    if path.is_file() and path.suffix not in _ENDINGS:
+        try:
+            found = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8: {error}") from error
+    else:
+        texts = [row.get("text") for row in objects(source)]
+        if bad := [number for number, value in enumerate(texts, 1) if not isinstance(value, str)]:
+            raise ValueError(f"{source}, row {bad[0]}: has no field `text` that is a text; {len(bad)} rows have none")
+        found = "\n\n".join(map(str, texts))
+    if not found.strip():
+        raise ValueError(f"{source}: has no text")
     return found
 
 

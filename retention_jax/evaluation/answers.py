@@ -1,0 +1,160 @@
+"""Scores of what a model answers to a task's questions, with the cache evicted while it reads and writes."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from retention_jax import decoding
+from retention_jax.config import CacheConfig, EvalConfig
+from retention_jax.evaluation import devices, prompts
+from retention_jax.evaluation.journal import Result, Unit
+from retention_jax.evaluation.prompts import Prompt
+from retention_jax.evaluation.rows import Row, interval
+from retention_jax.evaluation.streams import full_kv_bytes
+from retention_jax.models.decoder import Decoder
+from retention_jax.tasks.example import Task
+from retention_jax.tokenizer import Tokenizer
+
+_STEP = 256  # tokens: a full cache is made a multiple of it, so that few sizes are compiled
+
+
+class Answers:
+    """One task, perhaps made for one length, ready to be answered."""
+
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer, config: EvalConfig, name: str, task: Task, length: int | None
+    ) -> None:
+        """`length` is what the task was made for; None: the longest prompt's. Raises ValueError as `of_task` does."""
+        kwargs = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+        found = prompts.of_task(
+            task, tokenizer, limit=config.limit, query_aware=config.query_aware, template_kwargs=kwargs
+        )
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.task, self.definition = name, task
+        self.new_tokens = [
+            tuple(config.max_new_tokens or turn.max_new_tokens for turn in example.turns)
+            for example in task.examples[: config.limit]
+        ]
+        self.batches = prompts.batches(found, self.new_tokens, config.batch_size)
+        longest = max(len(p.context) + len(p.turns[0]) for p in found)
+        self.length = longest if length is None else length
+        self.problems = len(found)
+
+    def units(self, policy: str, budget: int) -> list[Unit]:
+        """One for each sample and batch."""
+        return [
+            Unit(self.task, self.length, policy, budget, sample, batch)
+            for sample in range(self.config.samples)
+            for batch in range(len(self.batches))
+        ]
+
+    def of(self, unit: Unit) -> str:
+        """A short name of the texts that a unit's results are of."""
+        told = [(prompt, self.definition.examples[prompt.index]) for prompt in self.batches[unit.batch]]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+    def results(
+        self, units: Sequence[Unit], cache_of: Callable[[str, int, int], CacheConfig]
+    ) -> Iterator[tuple[Unit, Result]]:
+        """Answers and scores the units, in order, each when it is asked for."""
+        for unit in units:
+            batch = self.batches[unit.batch]
+            most = max(_most_tokens(prompt, self.new_tokens[prompt.index]) for prompt in batch)
+            cache = cache_of(unit.policy, unit.budget, -(-most // _STEP) * _STEP)
+            if self.config.prefill_chunk is not None:
+                cache = dataclasses.replace(cache, prefill_chunk=self.config.prefill_chunk)
+            yield unit, self._answered(batch, cache, unit.seed)
+
+    def _answered(self, batch: list[Prompt], cache: CacheConfig, sample: int) -> Result:
+        compiled, started = devices.compile_seconds(), time.perf_counter()
+        buffer, last, done, stats = None, [], [], {}
+        if batch[0].context:
+            tokens = np.zeros((len(batch), decoding.bucket(max(len(p.context) for p in batch), cache.prefill_chunk)))
+            tokens = tokens.astype(np.int32)
+            for row, prompt in zip(tokens, batch, strict=True):
+                row[: len(prompt.context)] = prompt.context
+            _, buffer = decoding.prefill(self.model, tokens, cache, lengths=[len(p.context) for p in batch])
+        for turn, max_new_tokens in enumerate(self.new_tokens[batch[0].index]):
+            out = decoding.generate(
+                self.model,
+                [self._asked(prompt, turn, last[i] if turn else None) for i, prompt in enumerate(batch)],
+                cache,
+                max_new_tokens=max_new_tokens,
+                temperature=self.config.temperature,
+                top_p=self.config.top_p,
+                seed=self.config.seed + sample,
+                stop_tokens=self.tokenizer.stop_tokens,
+                row_ids=[prompt.first_turn + turn for prompt in batch],
+                buffer=buffer,
+            )
+            buffer, last, stats = out.buffer, [row[-1] for row in out.tokens], out.stats
+            done.append(out.tokens)
+        seconds = time.perf_counter() - started - (devices.compile_seconds() - compiled)
+        answers = {prompt.index: [turn[i] for turn in done] for i, prompt in enumerate(batch)}
+        return {
+            "answers": [self._scored(index, turn, new) for index, of in answers.items() for turn, new in enumerate(of)],
+            "kv_bytes": int(stats["kv_bytes"]) // len(batch),
+            "full_kv_bytes": full_kv_bytes(self.model, max(map(_tokens_seen, batch, zip(*done, strict=True)))),
+            "seconds": seconds,
+            "peak_bytes": devices.peak_bytes(),
+        }
+
+    def _asked(self, prompt: Prompt, turn: int, last: int | None) -> list[int]:
+        """A turn's tokens. Before them goes the answer's last one, not yet read, unless the closing stands for it."""
+        tokens = prompt.turns[turn]
+        return tokens if last is None or (prompt.closing and last in self.tokenizer.stop_tokens) else [last, *tokens]
+
+    def _scored(self, index: int, turn: int, new: list[int]) -> dict[str, Any]:
+        """One answer; what is scored of it is what stands behind the model's thoughts, if it ended them."""
+        example, text = self.definition.examples[index], self.tokenizer.decode(new)
+        score = self.definition.score(example, turn, text.rpartition("</think>")[2])
+        stopped = new[-1] in self.tokenizer.stop_tokens
+        told = {"example": example.name, "turn": turn, "text": text, "tokens": len(new), "stopped": stopped}
+        return {**told, "score": float(score)}
+
+    def row(self, results: dict[Unit, Result]) -> Row:
+        """The row of one policy and budget, whose units' results are given."""
+        unit, seconds = next(iter(results)), sum(r["seconds"] for r in results.values())
+        answers = [answer for result in results.values() for answer in result["answers"]]
+        scores: dict[str, list[float]] = {}
+        for answer in answers:
+            scores.setdefault(answer["example"], []).append(answer["score"])
+        of_problem = {name: float(np.mean(found)) for name, found in scores.items()}
+        groups: dict[str, list[float]] = {}
+        for example in self.definition.examples[: self.config.limit]:
+            if example.group:
+                groups.setdefault(example.group, []).append(of_problem[example.name])
+        score, low, high = interval(list(of_problem.values()))
+        return Row(
+            task=self.task,
+            length=self.length,
+            policy=unit.policy,
+            budget=unit.budget,
+            metric=self.definition.metric,
+            score=score,
+            low=low,
+            high=high,
+            n=self.problems,
+            seeds=1,
+            samples=self.config.samples,
+            kv_bytes=max(r["kv_bytes"] for r in results.values()),
+            full_kv_bytes=max(r["full_kv_bytes"] for r in results.values()),
+            seconds=seconds,
+            tokens_per_second=sum(answer["tokens"] for answer in answers) / seconds,
+            peak_bytes=devices.most(r["peak_bytes"] for r in results.values()),
+            groups={name: float(np.mean(found)) for name, found in sorted(groups.items())},
+        )
+
+
+def _most_tokens(prompt: Prompt, new_tokens: tuple[int, ...]) -> int:
+    """Tokens that a prompt with all its answers can have."""
+    return len(prompt.context) + sum(map(len, prompt.turns)) + sum(new_tokens) + len(new_tokens)
+
+
+def _tokens_seen(prompt: Prompt, answers: Sequence[Sequence[int]]) -> int:
+    """Tokens that a prompt with its answers had; those between turns that one may stand for are counted twice."""
+    return len(prompt.context) + sum(map(len, prompt.turns)) + sum(map(len, answers))

@@ -1,0 +1,124 @@
+"""Examples of a task as tokens: what is read before an eviction that does not know the question, and what after."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from retention_jax import chat
+from retention_jax.tasks.example import Example, Task
+from retention_jax.tokenizer import Tokenizer
+
+_PLACEHOLDER = "\ue000user\ue001"  # private-use characters: in no question and in no template
+
+
+class Prompt(NamedTuple):
+    """One example. Tokens of context and first question together are those of the whole prompt."""
+
+    index: int  # in the task
+    first_turn: int  # number of its first question among those of all examples
+    context: list[int]  # () where nothing is read before the question is known
+    turns: list[list[int]]  # of each turn: its question, what opens the answer, and the answer's given beginning
+    closing: bool  # whether a later turn's tokens begin with what ends the answer before it
+
+
+def of_task(
+    task: Task, tokenizer: Tokenizer, *, limit: int | None, query_aware: bool, template_kwargs: dict[str, Any]
+) -> list[Prompt]:
+    """The prompts of a task's first `limit` examples.
+
+    Args:
+      task: the benchmark.
+      tokenizer: the model's. Its chat template is used where the task is for one and there is one.
+      limit: None for all.
+      query_aware: whether the context is read together with the first question.
+      template_kwargs: further variables of the template.
+
+    Raises:
+      ValueError: as `chat.render` does, and when the template changes what the user says.
+    """
+    templated = task.chat and "default" in tokenizer.chat_templates
+    prompts, first_turn = [], 0
+    around = _around(tokenizer, template_kwargs) if templated else ("", "")
+    for index, example in enumerate(task.examples[:limit]):
+        tokens, split = _first(example, tokenizer, templated, around, template_kwargs)
+        split = 0 if query_aware else split
+        later = [_later(example, turn, tokenizer, templated, template_kwargs) for turn in range(1, len(example.turns))]
+        prompts.append(
+            Prompt(
+                index, first_turn, tokens[:split], [tokens[split:], *(t for t, _ in later)], any(c for _, c in later)
+            )
+        )
+        first_turn += len(example.turns)
+    return prompts
+
+
+def _around(tokenizer: Tokenizer, template_kwargs: dict[str, Any]) -> tuple[str, str]:
+    """What the template writes before and behind what the user says."""
+    messages = [{"role": "user", "content": _PLACEHOLDER}]
+    text = chat.render(tokenizer, messages, add_generation_prompt=True, template_kwargs=template_kwargs)
+    before, found, after = text.partition(_PLACEHOLDER)
+    if not found or _PLACEHOLDER in after:
+        raise ValueError(f"{tokenizer.where}: the chat template does not write what the user says once")
+    return before, after
+
+
+def _first(
+    example: Example,
+    tokenizer: Tokenizer,
+    templated: bool,
+    around: tuple[str, str],
+    template_kwargs: dict[str, Any],
+) -> tuple[list[int], int]:
+    """Tokens of context, first question and the answer's beginning, and how many of them are the context's alone."""
+    turn, said = example.turns[0], example.context + example.turns[0].question
+    text, end = said, len(example.context)
+    if templated:
+        messages = [{"role": "user", "content": said}]
+        text = chat.render(tokenizer, messages, add_generation_prompt=True, template_kwargs=template_kwargs)
+        before, after = around
+        written = text[len(before) : len(text) - len(after)]
+        # Some templates trim what the user says.
+        if not (text.startswith(before) and text.endswith(after) and written in (said, said.strip())):
+            raise ValueError(f"{tokenizer.where}: the chat template changes what the user says in {example.name!r}")
+        trimmed = len(said) - len(said.lstrip()) if written != said else 0
+        end = len(before) + max(end - trimmed, 0) if example.context else 0
+    text += turn.answer_prefix
+    ids = tokenizer.encode(text, bos=not templated)
+    encoded = tokenizer.backend.encode(text, add_special_tokens=False)
+    # A token with characters of both goes to the question, so that the tokens stay those of the whole text.
+    split = next((i for i, (_, stop) in enumerate(encoded.offsets) if stop > end), len(encoded.offsets))
+    # The question keeps one token at least: an answer goes on from it.
+    return ids, min(split + len(ids) - len(encoded.ids), len(ids) - 1) if split else 0
+
+
+def _later(
+    example: Example, turn: int, tokenizer: Tokenizer, templated: bool, template_kwargs: dict[str, Any]
+) -> tuple[list[int], bool]:
+    """Tokens from the end of the answer before a turn to where its own answer begins, and whether they end that one."""
+    asked = example.turns[turn]
+    if not templated:
+        return tokenizer.encode(asked.question + asked.answer_prefix, bos=False), False
+    # What was said before does not matter to what comes after an answer.
+    messages = [
+        {"role": "user", "content": "-"},
+        {"role": "assistant", "content": "-"},
+        {"role": "user", "content": asked.question},
+    ]
+    closing, after = chat.continuation(tokenizer, messages, 1, template_kwargs=template_kwargs)
+    return tokenizer.encode(closing + after + asked.answer_prefix, bos=False), bool(closing)
+
+
+def batches(prompts: Sequence[Prompt], max_new_tokens: Sequence[tuple[int, ...]], size: int) -> list[list[Prompt]]:
+    """Batches of prompts that take the same turns and are of similar length, the longest first.
+
+    A last batch that is not full repeats its last prompt, so that it needs no program of its own.
+    """
+    kinds: dict[tuple[bool, tuple[int, ...]], list[Prompt]] = {}
+    for prompt in prompts:
+        kinds.setdefault((bool(prompt.context), max_new_tokens[prompt.index]), []).append(prompt)
+    found = []
+    for alike in kinds.values():
+        alike.sort(key=lambda p: (-len(p.context), -len(p.turns[0]), p.index))
+        width = min(size, len(alike))
+        cut = [alike[start : start + width] for start in range(0, len(alike), width)]
+        found += [batch + batch[-1:] * (width - len(batch)) for batch in cut]
+    return found

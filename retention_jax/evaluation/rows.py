@@ -1,0 +1,140 @@
+"""Results: one row for each task, length, policy and budget, as a table on the terminal and as JSON."""
+
+import datetime
+import json
+import pathlib
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import scipy.special
+
+from retention_jax import files
+
+
+class Row(NamedTuple):
+    """One result: a policy with a budget on one task at one length."""
+
+    task: str
+    length: int  # tokens a sequence; where a task's texts have lengths of their own, of its longest prompt
+    policy: str
+    budget: int  # M, kept entries per layer and head; the length for the full cache
+    metric: str  # "bits_per_byte", "perplexity": lower is better; all others, such as "accuracy", are shares
+    score: float  # mean over seeds (streams) or problems (answers)
+    low: float  # 95 % Student-t interval of that mean; the score itself where it is a mean of one
+    high: float
+    n: int  # scored tokens (streams) or problems (answers)
+    seeds: int  # streams: seeds the score is a mean over. answers: 1
+    samples: int  # answers: how often each question was answered. streams: 1
+    kv_bytes: int  # held for one sequence: keys, values, and for a budget what scores need, recent window included
+    full_kv_bytes: int  # keys and values of all its tokens
+    seconds: float  # for all of it, without compilation
+    tokens_per_second: float  # tokens read (streams) or written (answers), in those seconds
+    peak_bytes: int | None  # most memory of one device until then, since the process began; None where jax cannot tell
+    groups: dict[str, float]  # mean score of each group of problems; {} where a task has no groups
+
+
+_BITS = ("bits_per_byte", "perplexity")
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric in _BITS
+
+
+def shown(metric: str, score: float) -> float:
+    """The number as tables and figures show it: shares in %, the rest as it is."""
+    return score if metric in _BITS else 100 * score
+
+
+def named(metric: str) -> str:
+    """The metric with its unit, for tables and figures."""
+    match metric:
+        case "bits_per_byte" | "perplexity":
+            return f"{metric.replace('_', ' ')}, lower is better"
+        case "accuracy":
+            return "% of answers right"
+        case _:
+            return f"{metric} in %"
+
+
+def interval(scores: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and its 95 % Student-t interval, mean -+ t(0.975; n - 1) * s / sqrt(n). One score is its own interval.
+
+    Of answers, a score is a problem's mean over its questions and samples: those of one problem are not independent, so
+    problems are what is counted (clustered errors, arXiv 2411.00640, section 2.2). For one question a problem, the mean
+    over problems is pass@1. Where all scores are equal the interval has no width, which says that there are too few.
+    """
+    n, mean = len(scores), float(np.mean(scores))
+    half = float(scipy.special.stdtrit(n - 1, 0.975) * np.std(scores, ddof=1) / n**0.5) if n > 1 else 0.0
+    return mean, mean - half, mean + half
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows of one task and length as text: policies down, budgets across, the full cache on its own line."""
+    first, budgets = rows[0], sorted({row.budget for row in rows if row.policy != "full"})
+    found = {(row.policy, row.budget): _cell(row) for row in rows}
+    lines = [("kept per layer and head", *map(str, budgets))]
+    for policy in dict.fromkeys(row.policy for row in rows if row.policy != "full"):
+        lines.append((policy, *(found.get((policy, budget), "") for budget in budgets)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [f"{first.task}, {first.length} tokens: {named(first.metric)}{_spread(first)}"]
+    if budgets:
+        text += ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    text += [f"{'full cache'.ljust(widths[0])}  {_cell(row)}" for row in rows if row.policy == "full"]
+    return "\n".join(text)
+
+
+def _spread(row: Row) -> str:
+    if row.low == row.high and row.seeds == 1:
+        return ""
+    over = f"{row.seeds} seeds" if row.seeds > 1 else f"{row.n} problems"
+    samples = f", {row.samples} samples each" if row.samples > 1 else ""
+    return f", mean ± half the 95 % interval over {over}{samples}"
+
+
+def _cell(row: Row) -> str:
+    digits = 3 if lower_is_better(row.metric) else 1
+    score, half = (shown(row.metric, x) for x in (row.score, (row.high - row.low) / 2))
+    return f"{score:.{digits}f} ± {half:.{digits}f}" if row.low < row.high else f"{score:.{digits}f}"
+
+
+def header(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What is true of all rows of a run: configuration, versions, device, seed, git commit (None outside one), date."""
+    return {
+        "config": dict(config),
+        "versions": {name: metadata.version(name) for name in ("jax", "flax", "retention_jax")},
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "seed": seed,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    """Of the repository that this file is in, with `-changed` where tracked files differ from it."""
+    folder = pathlib.Path(__file__).parent
+    git = lambda *command: subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
+    try:
+        return git("describe", "--always", "--abbrev=40", "--dirty=-changed", "--exclude=*").stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def save(run: Mapping[str, Any], rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Writes {"run": ..., "rows": [...]}, under a temporary name first, so that `path` is never half a file.
+
+    Raises:
+      ValueError: when a number is not finite; JSON has no such numbers.
+    """
+    lines = ",\n".join(json.dumps(row._asdict(), allow_nan=False) for row in rows)
+    text = f'{{"run": {json.dumps(run, allow_nan=False)},\n"rows": [\n{lines}\n]}}\n'
+    files.write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def load(path: pathlib.Path) -> list[Row]:
+    """The rows that `save` wrote."""
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]]

@@ -1,0 +1,172 @@
+"""Scores of sequences that the model reads token by token, each token predicted from what was kept until then."""
+
+import concurrent.futures
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from retention_jax.config import CacheConfig, DataConfig, EvalConfig
+from retention_jax.data import pipeline
+from retention_jax.decoding import Scores, compile_score_stream
+from retention_jax.evaluation import devices
+from retention_jax.evaluation.journal import Result, Unit
+from retention_jax.evaluation.rows import Row, interval
+from retention_jax.models import decoder
+from retention_jax.models.decoder import Decoder
+from retention_jax.tasks import recall
+
+TASKS = ("recall", "text")
+
+_LOGITS_BLOCK = 4096  # tokens whose vocabulary logits exist at one time, in the full cache's forward pass
+
+
+def examples(
+    task: str, config: EvalConfig, data: DataConfig, length: int
+) -> tuple[Int[np.ndarray, "seeds n T"], Bool[np.ndarray, "seeds n T"]]:
+    """Sequences of `length` tokens for each seed, and which of their tokens are scored.
+
+    recall: `config.examples` new streams a seed. text: rows of the held-out tail, shuffled by the first seed and dealt
+    out, so that no two seeds share a row; fewer than `config.examples` each where the tail is short.
+
+    Raises:
+      ValueError: when the text has fewer rows than there are seeds, or as `pipeline.heldout_rows` does.
+    """
+    seeds = range(config.seed, config.seed + config.seeds)
+    if task == "recall":
+        # Training streams end their seeds in a third word (data/builders.py): these are never among them.
+        streams = [
+            [recall.stream(np.random.default_rng((seed, i)), length, config.decoys) for i in range(config.examples)]
+            for seed in seeds
+        ]
+        tokens, label_mask = (np.array([[s[field] for s in group] for group in streams]) for field in (0, 1))
+        return tokens, label_mask
+    rows = pipeline.heldout_rows(data, length=length, limit=None)
+    n = min(config.examples, len(rows) // config.seeds)
+    if n == 0:
+        raise ValueError(f"{data.path}: {len(rows)} held-out rows of {length} tokens, too few for {config.seeds} seeds")
+    chosen = np.random.default_rng(config.seed).permutation(len(rows))[: config.seeds * n]
+    tokens = rows[chosen].reshape(config.seeds, n, length)
+    return tokens, np.ones_like(tokens, bool)
+
+
+def accuracy(
+    best: Int[np.ndarray, "n T_less_1"], tokens: Int[np.ndarray, "n T"], label_mask: Bool[np.ndarray, "n T"]
+) -> float:
+    """Share of the labelled tokens that were predicted. Column t of `best` predicts token t + 1."""
+    return float(np.mean((best == tokens[:, 1:])[label_mask[:, 1:]]))
+
+
+def bits_per_byte(log_prob: Float[np.ndarray, "n T_less_1"], label_mask: Bool[np.ndarray, "n T"]) -> float:
+    """Mean -log2 of the labelled tokens' probabilities, whose natural logs are given; a token is a byte."""
+    return float(np.mean(-log_prob[label_mask[:, 1:]], dtype=np.float64) / np.log(2))
+
+
+@jax.jit
+def score_full(model: Decoder, tokens: Int[Array, "B T"]) -> Scores:
+    """The scores of `score_stream` with a cache that keeps everything: one forward pass, ordinary attention."""
+    hidden, _ = decoder.forward(model, tokens, jnp.ones_like(tokens), with_retention=False)
+
+    def one_token(token: tuple[Float[Array, " D"], Int[Array, ""]]) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        log_probs = jax.nn.log_softmax(decoder.unembed(model, token[0]))
+        return log_probs[token[1]], jnp.argmax(log_probs).astype(jnp.int32)
+
+    flat = (hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1))
+    by_row = lambda a: a.reshape(tokens.shape[0], tokens.shape[1] - 1)
+    return Scores(*map(by_row, jax.lax.map(one_token, flat, batch_size=_LOGITS_BLOCK)))
+
+
+Scorer = Callable[[Int[np.ndarray, "n T"]], tuple[Scores, int]]
+
+
+def compile_scorer(model: Decoder, tokens: Int[np.ndarray, "n T"], cache: CacheConfig | None) -> Scorer:
+    """A compiled function that scores such sequences and tells the bytes held for one. No cache: the full one."""
+    n, T = tokens.shape
+    if cache is None:
+        full = score_full.lower(model, tokens).compile()
+        return lambda rows: (jax.block_until_ready(full(model, rows)), full_kv_bytes(model, T))
+    lengths = np.full(n, T, np.int32)
+    streamed = compile_score_stream(model, tokens, cache, lengths)
+
+    def score(rows: Int[np.ndarray, "n T"]) -> tuple[Scores, int]:
+        scores, buffer = jax.block_until_ready(streamed(model, rows, lengths))
+        return scores, buffer.nbytes // n
+
+    return score
+
+
+def full_kv_bytes(model: Decoder, length: int) -> int:
+    """Bytes of the keys and values of one sequence in all layers and heads."""
+    cfg = model.config
+    return cfg.num_layers * cfg.num_kv_heads * length * 2 * cfg.head_size * jnp.dtype(cfg.dtype).itemsize
+
+
+class Streams:
+    """One task at one length, ready to be scored."""
+
+    def __init__(self, model: Decoder, config: EvalConfig, data: DataConfig, task: str, length: int) -> None:
+        """Raises ValueError as `examples` does, and when the model's vocabulary is too small."""
+        self.task, self.length, self.config, self.model = task, length, config, model
+        self.tokens, self.label_mask = examples(task, config, data, length)
+        if self.tokens.max() >= model.config.vocab_size:
+            raise ValueError(
+                f"task {task!r} has token {self.tokens.max()}; the model's vocabulary is {model.config.vocab_size}"
+            )
+
+    def units(self, policy: str, budget: int) -> list[Unit]:
+        """One for each seed."""
+        first = self.config.seed
+        return [Unit(self.task, self.length, policy, budget, first + i, 0) for i in range(self.config.seeds)]
+
+    def of(self, unit: Unit) -> str:
+        """A short name of the sequences that a unit's results are of."""
+        return hashlib.sha256(self.tokens[unit.seed - self.config.seed].tobytes()).hexdigest()[:16]
+
+    def results(
+        self, units: Sequence[Unit], cache_of: Callable[[str, int, int], CacheConfig]
+    ) -> Iterator[tuple[Unit, Result]]:
+        """Scores the units, in order, each when it is asked for."""
+        cells = dict.fromkeys((unit.policy, unit.budget) for unit in units)
+        caches = [None if cell[0] == "full" else cache_of(*cell, self.length) for cell in cells]
+        compiled = functools.partial(compile_scorer, self.model, self.tokens[0])
+        # Compiling takes longer than running for a small model, and uses one core; several at once use all.
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            scorers = dict(zip(cells, pool.map(compiled, caches), strict=True))
+        for unit in units:
+            tokens, label_mask = (a[unit.seed - self.config.seed] for a in (self.tokens, self.label_mask))
+            started = time.perf_counter()
+            scores, kv_bytes = scorers[unit.policy, unit.budget](tokens)
+            seconds = time.perf_counter() - started
+            best, log_prob = np.asarray(scores.best), np.asarray(scores.log_prob)
+            score = accuracy(best, tokens, label_mask) if self.task == "recall" else bits_per_byte(log_prob, label_mask)
+            yield unit, {"score": score, "kv_bytes": kv_bytes, "seconds": seconds, "peak_bytes": devices.peak_bytes()}
+
+    def row(self, results: dict[Unit, Result]) -> Row:
+        """The row of one policy and budget, whose units' results are given."""
+        unit, seconds = next(iter(results)), sum(r["seconds"] for r in results.values())
+        score, low, high = interval([r["score"] for r in results.values()])
+        return Row(
+            task=self.task,
+            length=self.length,
+            policy=unit.policy,
+            budget=unit.budget,
+            metric="accuracy" if self.task == "recall" else "bits_per_byte",
+            score=score,
+            low=low,
+            high=high,
+            n=int(self.label_mask[..., 1:].sum()),
+            seeds=len(results),
+            samples=1,
+            kv_bytes=max(r["kv_bytes"] for r in results.values()),
+            full_kv_bytes=full_kv_bytes(self.model, self.length),
+            seconds=seconds,
+            tokens_per_second=self.tokens.size / seconds,
+            peak_bytes=devices.most(r["peak_bytes"] for r in results.values()),
+            groups={},
+        )

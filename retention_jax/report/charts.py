@@ -1,0 +1,137 @@
+"""Charts of scores as numbers in pixels, which the page's template writes as SVG."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from retention_jax.evaluation import rows as rows_lib
+from retention_jax.evaluation.rows import Row
+
+WIDTH, HEIGHT = 460, 300
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 46  # margins around the axes
+
+
+class Tick(NamedTuple):
+    at: float
+    label: str
+
+
+class Point(NamedTuple):
+    x: float
+    y: float
+    low: float  # where the interval ends
+    high: float
+    title: str  # the numbers, for whoever points at it
+
+
+class Line(NamedTuple):
+    policy: str
+    index: int  # of the policy, for its colour and marker
+    points: list[Point]  # from left to right
+
+
+class Panel(NamedTuple):
+    """One chart. The full cache is a line across it, with its interval."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    lines: list[Line]
+    full: Point | None
+    full_x: float | None  # where its own point is, if it has one
+    full_label_right: bool  # on the side where the other scores leave room
+
+
+def number(metric: str, score: float) -> str:
+    return f"{rows_lib.shown(metric, score):.{3 if rows_lib.lower_is_better(metric) else 1}f}"
+
+
+def size(count: int | float) -> str:
+    """Bytes in the unit that suits them."""
+    power = min(int(math.log2(count) // 10), 4) if count >= 1 else 0
+    return f"{count / 1024**power:.{3 if power else 4}g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def quality(rows: Sequence[Row], policies: Sequence[str]) -> Panel:
+    """Score against budget, for the rows of one task and length."""
+    budgets = sorted({row.budget for row in rows if row.policy != "full"})
+    x_ticks = [(float(budget), str(budget)) for budget in budgets]
+    return _panel(
+        rows, policies, "kept entries per layer and head", lambda row: float(row.budget), x_ticks, full_has_x=False
+    )
+
+
+def memory(rows: Sequence[Row], policies: Sequence[str]) -> Panel:
+    """Score against the bytes held for a sequence, for the rows of one task and length."""
+    held = [row.kv_bytes for row in rows]
+    least, most = math.floor(math.log2(min(held))), math.ceil(math.log2(max(held)))
+    step = max(1, math.ceil((most - least) / 5))
+    x_ticks = [(2.0**power, size(2.0**power)) for power in range(least, most + 1, step)]
+    return _panel(rows, policies, "KV memory of a sequence", lambda row: float(row.kv_bytes), x_ticks, full_has_x=True)
+
+
+def _panel(
+    rows: Sequence[Row],
+    policies: Sequence[str],
+    x_label: str,
+    x_of: Callable[[Row], float],
+    x_ticks: list[tuple[float, str]],
+    *,
+    full_has_x: bool,
+) -> Panel:
+    first = rows[0]
+    others = [row for row in rows if row.policy != "full"]
+    full = next((row for row in rows if row.policy == "full"), None)
+    xs = [math.log2(x_of(row)) for row in others] + [math.log2(x) for x, _ in x_ticks] or [0.0]
+    room = 0.06 * (max(xs) - min(xs)) or 0.5
+    to_x = _scale(min(xs) - room, max(xs) + room, LEFT, WIDTH - RIGHT)
+    ys = [rows_lib.shown(first.metric, y) for row in rows for y in (row.low, row.high)]
+    y_ticks = ticks(min(ys), max(ys)) if rows_lib.lower_is_better(first.metric) else ticks(0.0, min(max(ys), 100.0))
+    to_y = _scale(min(*ys, y_ticks[0]), max(*ys, y_ticks[-1]), HEIGHT - BOTTOM, TOP)
+    at_y = lambda score: to_y(rows_lib.shown(first.metric, score))
+
+    def point(row: Row, x: float) -> Point:
+        interval = f" ({number(row.metric, row.low)} to {number(row.metric, row.high)})" if row.low < row.high else ""
+        what = "full cache" if row.policy == "full" else f"{row.policy.replace('_', ' ')}, {row.budget} entries"
+        title = f"{what}: {rows_lib.named(row.metric)} {number(row.metric, row.score)}{interval}, {size(row.kv_bytes)}"
+        y, low, high = (round(at_y(score), 1) for score in (row.score, row.low, row.high))
+        return Point(round(x, 1), y, low, high, title)
+
+    lines = []
+    for index, policy in enumerate(policies):
+        mine = sorted((row for row in others if row.policy == policy), key=x_of)
+        aside = 3.0 * (index - (len(policies) - 1) / 2)  # so that intervals of equal scores do not cover each other
+        points = [point(row, to_x(math.log2(x_of(row))) + aside) for row in mine]
+        lines += [Line(policy, index, points)] if points else []
+    return Panel(
+        title=f"{first.task}, {first.length:,} tokens",
+        x_label=x_label,
+        y_label=rows_lib.named(first.metric),
+        x_ticks=[Tick(round(to_x(math.log2(x)), 1), label) for x, label in x_ticks],
+        y_ticks=[Tick(round(to_y(y), 1), f"{y:g}") for y in y_ticks],
+        lines=lines,
+        full=None if full is None else point(full, float(WIDTH - RIGHT)),
+        full_x=round(to_x(math.log2(x_of(full))), 1) if full is not None and full_has_x else None,
+        full_label_right=full is not None and not full_has_x and _room_on_the_right(others, full),
+    )
+
+
+def _room_on_the_right(others: Sequence[Row], full: Row) -> bool:
+    budgets = sorted({row.budget for row in others})
+    distance = lambda budget: min(abs(row.score - full.score) for row in others if row.budget == budget)
+    return not budgets or distance(budgets[-1]) >= distance(budgets[0])
+
+
+def _scale(low: float, high: float, start: int, end: int) -> Callable[[float], float]:
+    return lambda value: start + (value - low) / ((high - low) or 1.0) * (end - start)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers that span the range."""
+    raw = (high - low) / 4 or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(s for s in (1, 2, 2.5, 5, 10) if s * power >= raw * 0.999) * power
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, max(last, first + 1) + 1)]

@@ -1,0 +1,266 @@
+"""Traces against plain loops over the buffer; the report's page: whole, harmless, and with the numbers it was given."""
+
+import base64
+import gzip
+import html.parser
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from helpers import tiny_model, tokens_of
+
+from retention_jax import cache as cache_lib
+from retention_jax import decoding
+from retention_jax.config import CacheConfig
+from retention_jax.evaluation.rows import Row
+from retention_jax.models import decoder
+from retention_jax.report import __main__ as command
+from retention_jax.report import page, results
+from retention_jax.report import trace as trace_lib
+from retention_jax.report.trace import NEVER
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+T = 26
+NAMES = [f"t{i}" for i in range(T)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def record(model, tokens, cache, **changes):
+    given = {"names": NAMES, "title": "tiny", "policy": cache.policy}
+    return trace_lib.record(model, tokens, cache, **(given | changes))
+
+
+@pytest.fixture(scope="module")
+def traced(model):
+    return record(model, tokens_of(1, T), CacheConfig(budget=3, recent=4))
+
+
+# Traces.
+
+
+@jax.jit
+def read(model, tokens, valid, buffer):
+    return decoder.extend(model, tokens, valid, buffer)[1], decoding.read_chunk(model, tokens, valid, buffer)[1]
+
+
+@pytest.mark.parametrize(
+    "cache", [CacheConfig(budget=3, recent=4), CacheConfig(budget=2, recent=5, policy="streaming", protect_last=1)]
+)
+def test_trace_is_what_a_loop_over_kept_positions_sees(model, cache):
+    tokens, R = tokens_of(1, T), cache.recent
+    got = record(model, tokens, cache)
+    evicted = np.full((2, 2, T), -1)
+    buffer = cache_lib.empty(model.config, cache, 1)
+    for start in range(0, T, R):
+        valid = np.arange(start, start + R)[None] < T
+        new, buffer = read(model, np.resize(tokens[start:], R)[None], valid, buffer)
+        if got.log_beta is not None:
+            scores = np.asarray(new.log_beta)[0, ..., : T - start]
+            np.testing.assert_allclose(got.log_beta[..., start : start + R], scores, rtol=1e-5)
+        seen = min(start + R, T)
+        for layer, heads in enumerate(buffer.positions(0)):
+            for head, kept in enumerate(heads):
+                for pos in range(seen):
+                    gone = pos not in kept
+                    if gone and evicted[layer, head, pos] == -1:
+                        evicted[layer, head, pos] = seen
+                    assert gone == (not trace_lib.kept_at(got, seen)[layer, head, pos])
+    evicted[evicted == -1] = NEVER
+    np.testing.assert_array_equal(got.evicted, evicted)
+    assert (got.log_beta is None) == (cache.policy == "streaming")
+    assert 0 < (got.evicted == NEVER).sum() <= 4 * cache.budget
+
+
+def test_nothing_is_kept_before_it_arrives(traced):
+    assert not trace_lib.kept_at(traced, 8)[..., 8:].any()
+    assert trace_lib.kept_at(traced, 2)[..., :2].all()
+
+
+def test_half_life_by_hand():
+    log_beta = np.log(np.array([0.5, 0.25, 2.0**-0.01], np.float32))
+    np.testing.assert_allclose(trace_lib.half_life(log_beta), [1, 0.5, 100], rtol=1e-5)
+    assert trace_lib.half_life(np.zeros(1, np.float32)) == np.inf
+
+
+def test_trace_file_round_trips(traced, tmp_path):
+    odd = traced._replace(names=["", "é", "</script>", "日本", *NAMES[4:]], title="ti 'tle")
+    trace_lib.save(odd, tmp_path / "a.npz")
+    same_trace(trace_lib.load(tmp_path / "a.npz"), odd)
+    trace_lib.save(odd._replace(log_beta=None), tmp_path / "b.npz")
+    assert trace_lib.load(tmp_path / "b.npz").log_beta is None
+
+
+def same_trace(got, want):
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        if isinstance(b, np.ndarray):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+        else:
+            assert a == b, name
+
+
+def test_bad_traces_are_refused(model, traced, tmp_path):
+    with pytest.raises(ValueError, match="token 32 is outside the model's vocabulary.*; 1 names for 2 tokens"):
+        record(model, np.array([1, 32]), CacheConfig(budget=1), names=["a"])
+    (path := tmp_path / "a.npz").write_bytes(b"PK\x03\x04 no zip")
+    with pytest.raises(ValueError, match="a.npz: not a trace"):
+        trace_lib.load(path)
+    np.savez(path, title=np.array("x"), evicted=np.zeros((1, 1, 2), np.int32))
+    with pytest.raises(ValueError, match="lacks policy, budget, recent, text, ends"):
+        trace_lib.load(path)
+    np.savez(path, a=np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="not a trace"):
+        trace_lib.load(path)
+    trace_lib.save(traced._replace(evicted=traced.evicted[..., 1:]), path)
+    with pytest.raises(
+        ValueError, match=r"evicted has shape \(2, 2, 25\), but there are 26 tokens; log_beta has shape"
+    ):
+        trace_lib.load(path)
+
+
+# The page.
+
+NASTY = "</script><img src=x onerror=alert(1)>"
+
+
+class Reader(html.parser.HTMLParser):
+    """Tags, attributes that load something, text, and the content of scripts, and whether every tag is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.loads, self.text, self.scripts = [], [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+        if tag not in ("meta", "input", "br", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        (self.scripts if self.open[-1:] == ["script"] else self.text).append(data)
+
+
+def row(**changes):
+    one = Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 2000, 9000, 1.0, 900.0, None, {})
+    return one._replace(**changes)
+
+
+ROWS = [
+    row(policy="full", budget=768, kv_bytes=9000),
+    row(),
+    row(budget=16, score=0.5, low=0.5, high=0.5),
+    row(task=NASTY, policy="<b>&"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(traced, tmp_path_factory):
+    path = tmp_path_factory.mktemp("results")
+    run = {"device": NASTY, "versions": {"jax": "0.10.2"}, "config": {}}
+    rows = [r._asdict() | {"other": 1} for r in ROWS]
+    (path / "results.json").write_text(json.dumps({"run": run, "rows": rows}))
+    trace_lib.save(traced._replace(names=[NASTY, *NAMES[1:]], title=NASTY), path / "a.trace.npz")
+    trace_lib.save(traced._replace(title="another"), path / "b.trace.npz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def page_text(folder):
+    return page.build(results.read(folder), "A title & more", 10**6)
+
+
+def parsed(text):
+    reader = Reader()
+    reader.feed(text)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def unpack(text, dtype):
+    return np.frombuffer(gzip.decompress(base64.b64decode(text)), dtype)
+
+
+def test_page_is_whole_and_asks_the_network_for_nothing(page_text):
+    reader = parsed(page_text)
+    assert reader.loads == ["#main"]
+    assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttpRequest", page_text)
+    assert not {"link", "iframe", "object", "embed"} & set(reader.tags)
+    shown = " ".join(reader.text)
+    for wanted in ("A title & more", "75.0", "73.0 to 77.0", "22.2%", "one score", "jax 0.10.2"):
+        assert wanted in shown, wanted
+
+
+def test_names_in_data_are_harmless(page_text):
+    reader = parsed(page_text)
+    assert "img" not in reader.tags and "b" not in reader.tags
+    assert reader.tags.count("script") == 2 and page_text.count("</script>") == 2
+    assert any(NASTY in text for text in reader.text), "the task's name is shown as it is"
+
+
+def test_page_holds_the_trace(page_text, traced):
+    (data,) = json.loads(parsed(page_text).scripts[0])["traces"]
+    names = json.loads(gzip.decompress(base64.b64decode(data["names"])))
+    assert names == [NASTY, *NAMES[1:]] and data["heads"] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    windows = unpack(data["windows"], "<u2").reshape(traced.evicted.shape).astype(int)
+    back = np.minimum((np.arange(T) // data["recent"] + windows) * data["recent"], T)
+    np.testing.assert_array_equal(np.where(windows == 0, NEVER, back), traced.evicted)
+    half = data["half_lives"]
+    values = unpack(half["values"], "u1").reshape(traced.evicted.shape)
+    got = 2 ** (half["first"] + half["step"] * values.astype(float))
+    np.testing.assert_allclose(np.log2(got), np.log2(trace_lib.half_life(traced.log_beta)), atol=half["step"] * 0.51)
+
+
+def test_a_head_that_never_forgets_and_a_page_without_room(traced):
+    log_beta = np.where(np.arange(T) == 3, 0, traced.log_beta).astype(np.float32)
+    values = page.quantise(log_beta).values
+    assert (values[..., 3] == page.FOREVER).all() and (np.delete(values, 3, axis=-1) < page.FOREVER).all()
+    assert page.shown_heads(traced, 2 * T).tolist() == [[0, 0], [1, 1]]
+    assert page.trace_data(traced, 1)["heads"] == [[0, 0]]
+
+
+def test_kept_over_time_and_by_head(traced):
+    times, edges, share = results.kept_over_time(traced, bins=7)
+    for column, seen in enumerate(times):
+        kept = trace_lib.kept_at(traced, int(seen))
+        wanted = [kept[..., a:b].mean() for a, b in zip(edges, edges[1:], strict=False)]
+        np.testing.assert_allclose(share[:, column], wanted)
+    assert times[-1] == edges[-1] == T
+    twice = results.kept_by_head([traced, traced._replace(evicted=np.full_like(traced.evicted, NEVER))])
+    np.testing.assert_array_equal(twice, (trace_lib.kept_at(traced, T).sum(axis=-1) + T) / 2)
+
+
+def test_bad_results_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither results.json nor"):
+        results.read(tmp_path)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        results.read(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps([row()._asdict() | {"budget": "8"}, {}]))
+    with pytest.raises(ValueError, match="row 0: budget must be of type int, got '8'; row 1: task must be"):
+        results.read(tmp_path)
+
+
+def test_command_writes_page_and_figures(folder, tmp_path, capsys):
+    values = flags.FlagValues()
+    command.define_flags(values)
+    command.main(values(["report", f"--results={folder}", f"--output={tmp_path / 'new' / 'r.html'}"]), values)
+    paths = sorted((tmp_path / "new").iterdir())
+    assert sorted(capsys.readouterr().out.split()) == [str(p) for p in paths]
+    pictures = [p for p in paths if p.suffix == ".png"]
+    assert len(pictures) == 2 * 2 + 2 and all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
+    parsed((tmp_path / "new" / "r.html").read_text())

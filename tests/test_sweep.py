@@ -1,0 +1,232 @@
+"""Answers and the sweep: prompts, resuming after a kill, dealing, intervals, and real tasks with a tiny model."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import tiny_model
+from text_helpers import save_tokenizer
+
+from retention_jax import evaluate, tokenizer
+from retention_jax.config import DataConfig, EvalConfig
+from retention_jax.evaluation import devices, journal, prompts, rows, sweep
+from retention_jax.evaluation.answers import Answers
+from retention_jax.evaluation.journal import Unit
+from retention_jax.tasks.example import Example, Task, Turn
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = EvalConfig(policies=("full", "streaming"), budgets=(6,), recent=4, batch_size=2, max_new_tokens=3)
+
+
+def score(example: Example, turn: int, answer: str) -> float:
+    return (len(answer) % 5) / 4
+
+
+TASK = Task(
+    tuple(
+        Example(
+            f"e{i}",
+            "the quick brown fox jumps over the lazy dog. " * (1 + i % 2),
+            (Turn("\nwhat is two plus two?", ("4",), 5, " It is"), Turn("and the dog?", ("lazy",), 5))[: 1 + i // 3],
+            "ab"[i % 2],
+        )
+        for i in range(5)
+    ),
+    "F1",
+    score,
+    True,
+    "made here",
+)
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder)
+    return tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def model(compile_quickly):
+    return tiny_model(vocab_size=300)
+
+
+def evaluated(model, tok, config, output, task=TASK):
+    return sweep.run(
+        [Answers(model, tok, config, "made", task, None)],
+        lambda length: evaluate.cells(config, length),
+        lambda policy, budget, length: evaluate.cache_config(policy, budget, config.recent, length, config.seed),
+        header={},
+        fingerprint={"seed": config.seed},
+        output=output,
+        alone=True,
+    )
+
+
+def untimed(results):
+    slow = ("seconds", "tokens_per_second", "peak_bytes")
+    return {unit: {k: v for k, v in result.items() if k not in slow} for unit, result in results.items()}
+
+
+@pytest.mark.parametrize("chat", (True, False))
+def test_a_split_prompt_has_the_tokens_of_the_whole(tok, chat):
+    of = lambda aware: prompts.of_task(
+        TASK._replace(chat=chat), tok, limit=None, query_aware=aware, template_kwargs={"enable_thinking": False}
+    )
+    for split, whole, example in zip(of(False), of(True), TASK.examples, strict=True):
+        assert whole.context == [] and split.context + split.turns[0] == whole.turns[0]
+        assert split.turns[1:] == whole.turns[1:]
+        said = example.context + example.turns[0].question
+        opened = "<|end|>\n<|start|>assistant\n<think>\n\n</think>\n\n"
+        text = f"<|start|>user\n{said}{opened} It is" if chat else f"{said} It is"
+        assert tok.backend.decode(whole.turns[0], skip_special_tokens=False) == text
+        read = tok.backend.decode(split.context, skip_special_tokens=False)
+        assert "what" not in read and read.endswith("lazy dog. ")
+    two = of(False)[3]
+    assert two.closing == chat
+    later = "<|end|>\n<|start|>user\nand the dog?<|end|>\n<|start|>assistant\n<think>\n\n</think>\n\n"
+    assert tok.backend.decode(two.turns[1], skip_special_tokens=False) == (later if chat else "and the dog?")
+
+
+def test_a_token_of_both_goes_to_the_question(tok):
+    # "quick" is one token of the whole text, and its beginning is the context's end.
+    example = Example("x", "the qui", (Turn("ck brown", ("",), 1),))
+    task = Task((example,), "F1", score, False, "")
+    (prompt,) = prompts.of_task(task, tok, limit=None, query_aware=False, template_kwargs={})
+    assert prompt.context + prompt.turns[0] == tok.encode("the quick brown", bos=False)
+    assert len(tok.encode(" quick", bos=False)) == 1 and tok.decode(prompt.context) == "the"
+
+
+def test_rows_of_answers_by_hand(model, tok, tmp_path):
+    found = evaluated(model, tok, CONFIG, tmp_path)
+    assert [(r.policy, r.budget, r.metric, r.n, r.samples) for r in found] == [
+        ("full", found[0].length, "F1", 5, 1),
+        ("streaming", 6, "F1", 5, 1),
+    ]
+    written = journal.read(tmp_path, {"seed": 0})
+    for row in found:
+        mine = [a for unit, r in written.items() if unit.policy == row.policy for a in r["answers"]]
+        assert len(mine) == 7 and all(1 <= a["tokens"] <= 3 for a in mine)
+        assert all(a["score"] == score(TASK.examples[0], 0, a["text"]) for a in mine)
+        by_problem = {n: [a["score"] for a in mine if a["example"] == n] for n in ("e0", "e1", "e2", "e3", "e4")}
+        means = [sum(s) / len(s) for s in by_problem.values()]
+        mean = sum(means) / 5
+        half = 2.776 * (sum((m - mean) ** 2 for m in means) / 4) ** 0.5 / 5**0.5  # t(0.975; 4), from a table
+        assert (row.score, row.low, row.high) == pytest.approx((mean, mean - half, mean + half), abs=1e-3)
+        assert row.groups == pytest.approx({"a": (means[0] + means[2] + means[4]) / 3, "b": (means[1] + means[3]) / 2})
+    full, streaming = found
+    assert streaming.kv_bytes < full.full_kv_bytes <= full.kv_bytes
+    assert rows.load(tmp_path / "results.json") == found
+
+
+def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
+    sampled = dataclasses.replace(CONFIG, policies=("streaming",), samples=2, temperature=5.0)
+    texts = []
+    for name, size in (("a", 2), ("b", 1)):
+        evaluated(model, tok, dataclasses.replace(sampled, batch_size=size), tmp_path / name)
+        done = journal.read(tmp_path / name, {"seed": 0})
+        texts.append({(u.seed, a["example"], a["turn"]): a["text"] for u, r in done.items() for a in r["answers"]})
+    assert texts[0] == texts[1]
+    assert any(texts[0][0, f"e{i}", 0] != texts[0][1, f"e{i}", 0] for i in range(5))
+
+
+def test_what_is_done_is_not_done_again(model, tok, tmp_path, monkeypatch):
+    whole = evaluated(model, tok, CONFIG, tmp_path / "whole")
+    path = tmp_path / "half" / "journal-0.jsonl"
+    path.parent.mkdir()
+    lines = (tmp_path / "whole" / "journal-0.jsonl").read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:40])  # killed while it wrote its third unit
+    worked = []
+    answered = Answers._answered
+    monkeypatch.setattr(Answers, "_answered", lambda self, *args: worked.append(args) or answered(self, *args))
+    again = evaluated(model, tok, CONFIG, path.parent)
+    assert len(worked) == len(lines) - 3
+    assert [r.score for r in again] == [r.score for r in whole]
+    read = lambda folder: untimed(journal.read(folder, {"seed": 0}))
+    assert read(path.parent) == read(tmp_path / "whole")
+    assert path.read_bytes().startswith(b"".join(lines[:3]))
+    evaluated(model, tok, CONFIG, path.parent)
+    assert len(worked) == len(lines) - 3
+
+
+def test_journals_of_another_run_are_refused(model, tok, tmp_path):
+    evaluated(model, tok, CONFIG, tmp_path)
+    with pytest.raises(ValueError, match=r"another run; give another --output, or go back to: seed=0 \(now 1\)"):
+        journal.read(tmp_path, {"seed": 1})
+    changed = TASK._replace(examples=(TASK.examples[0]._replace(context="something else. "), *TASK.examples[1:]))
+    with pytest.raises(ValueError, match="results of other texts of 'made'"):
+        evaluated(model, tok, CONFIG, tmp_path, changed)
+    path = tmp_path / "journal-0.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"unit"', b'"unti"', 1))
+    with pytest.raises(ValueError, match="line 2: no line of an evaluation's journal"):
+        journal.read(tmp_path, {"seed": 0})
+
+
+def test_units_are_dealt_out_and_come_together(tmp_path):
+    units = [Unit("t", 1, "full", 1, seed, 0) for seed in range(5)]
+    parts = [sweep.dealt(units, i, 2) for i in range(2)]
+    assert sorted(parts[0] + parts[1]) == units and abs(len(parts[0]) - len(parts[1])) == 1
+    for process, part in enumerate(parts):
+        book = journal.Journal(tmp_path, process, {"a": 1})
+        for unit in part:
+            book.write(unit, {"score": float(unit.seed)})
+        book.close()
+    assert journal.read(tmp_path, {"a": 1}) == {unit: {"score": float(unit.seed)} for unit in units}
+
+
+def test_a_models_name_is_that_of_its_values(model):
+    assert devices.digest(model) == devices.digest(tiny_model(vocab_size=300))
+    assert devices.digest(model) != devices.digest(tiny_model(vocab_size=301))
+
+
+PROGRAM = """
+import os, pathlib, signal, sys
+sys.path.insert(0, "tests")
+import conftest, jax
+jax.config.update("jax_disable_most_optimizations", True)
+from helpers import tiny_model
+from retention_jax import evaluate
+from retention_jax.config import DataConfig, EvalConfig
+policies = ("full", "streaming", "random")
+config = EvalConfig(policies=policies, budgets=(3,), lengths=(36,), recent=6, examples=2, seeds=3)
+evaluate.run(tiny_model(vocab_size=64), config, DataConfig(), pathlib.Path(sys.argv[1]))
+"""
+
+
+def start(output):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(output)], cwd=ROOT, env=environment)
+
+
+def test_a_killed_sweep_goes_on(tmp_path):
+    path = tmp_path / "killed" / "journal-0.jsonl"
+    process = start(path.parent)
+    until = time.monotonic() + 100
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 3) and time.monotonic() < until:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = path.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    assert 3 <= before.count(b"\n") < 10, "it must have been killed in the middle"
+    others = [start(path.parent), start(tmp_path / "whole")]
+    assert [process.wait() for process in others] == [0, 0]
+    after = path.read_bytes()
+    assert after.startswith(before) and after.count(b"\n") == 1 + 3 * 3
+    header = json.loads(after.splitlines()[0])["fingerprint"]
+    read = lambda folder: untimed(journal.read(folder, header))
+    assert read(path.parent) == read(tmp_path / "whole")
+
+
+def test_problems_come_all_at_once():
+    config = EvalConfig(tasks=("ruler/niah", "gsm9k", "longbench/hotpotqa"), policies=("h3o",))
+    with pytest.raises(ValueError) as error:
+        evaluate.check(config, DataConfig())
+    for part in ("'ruler/niah'; ruler has", "'gsm9k'; known: recall", "'longbench/hotpotqa' needs", "policy 'h3o'"):
+        assert part in str(error.value)
