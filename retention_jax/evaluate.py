@@ -28,7 +28,7 @@ from retention_jax.models.decoder import Decoder
 from retention_jax.tasks import load, recall
 from retention_jax.tokenizer import Tokenizer
 
-POLICIES = ("full", "retention_local", *get_args(Policy))
+POLICIES = ("full", "retention", "retention_local", *(p for p in get_args(Policy) if p != "retention"))
 
 
 def cache_config(policy_name: str, budget: int, recent: int, length: int, seed: int) -> CacheConfig:
@@ -39,7 +39,7 @@ def cache_config(policy_name: str, budget: int, recent: int, length: int, seed: 
       budget: kept entries per layer and head.
       recent: tokens between two evictions.
       length: of the sequences; "full" keeps so many entries, whatever the budget.
-      seed: of the random policy. The buffer's configuration is compiled in, so one seed serves all evaluation seeds.
+      seed: of the random policies. The buffer's configuration is compiled in, so one seed serves all evaluation seeds.
 
     Raises:
       ValueError: on an unknown name.
@@ -49,8 +49,10 @@ def cache_config(policy_name: str, budget: int, recent: int, length: int, seed: 
             return CacheConfig(budget=length, recent=recent)
         case "retention_local":
             return CacheConfig(budget=budget, recent=recent, local=True)
+        case "random" | "random_keep_prompt":
+            return CacheConfig(budget=budget, recent=recent, policy=policy_name, seed=seed)
         case _ if policy_name in POLICIES:
-            return CacheConfig(budget=budget, recent=recent, policy=cast(Policy, policy_name), seed=seed)
+            return CacheConfig(budget=budget, recent=recent, policy=cast(Policy, policy_name))
         case _:
             raise ValueError(f"unknown policy {policy_name!r}; known: {', '.join(POLICIES)}")
 

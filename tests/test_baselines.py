@@ -57,8 +57,8 @@ def test_received_is_the_sum_of_attention_rows(layer, window, block, monkeypatch
     q, k, _, pos, query_pos = layer
     want = [[sum(rows(q, k, pos, query_pos, b, n, window or 99)) for n in range(K * G)] for b in range(B)]
     size = None if window is None else jnp.int32(window)
-    got = key_products.received(*map(jnp.asarray, (q, query_pos, k, pos)), size)
-    assert_close(got, np.reshape(want, (B, K, G, E)))
+    got = key_products.received(jnp.asarray(q), jnp.asarray(query_pos), jnp.asarray(k), jnp.asarray(pos), size)
+    assert_close(got, np.array(want).reshape(B, K, G, E))
 
 
 def test_expected_weight_is_that_of_a_normal_distribution(layer):
@@ -221,9 +221,8 @@ def test_h2o_carries_the_sum_of_attention_rows():
         at = seen[:, None] + np.arange(size)
         valid = np.arange(size)[None] < np.array(counts)[:, None]
         pos = np.broadcast_to(np.where(valid, at, -1)[:, None, None], (B, L, K, size)).astype(np.int32)
-        new = Entries(
-            *(jnp.asarray(take(a, 2), jnp.float32) for a in (k, v)), jnp.zeros((B, L, K, size)), jnp.asarray(pos)
-        )
+        keys, values = (jnp.asarray(take(a, 2), jnp.float32) for a in (k, v))
+        new = Entries(keys, values, jnp.zeros((B, L, K, size)), jnp.asarray(pos))
         queries = jnp.asarray(take(q, 1), jnp.float32)
         if size == 1:
             buffer = append(buffer, new, jnp.asarray(valid[:, 0]), queries)

@@ -88,8 +88,8 @@ def test_policy_names():
     assert make("retention_local") == CacheConfig(budget=16, recent=8, local=True)
     assert make("streaming") == CacheConfig(budget=16, recent=8, policy="streaming")
     assert make("random") == CacheConfig(budget=16, recent=8, policy="random", seed=7)
-    with pytest.raises(ValueError, match="unknown policy 'h2o'; known: full, retention, retention_local"):
-        make("h2o")
+    with pytest.raises(ValueError, match="unknown policy 'h3o'; known: full, retention, retention_local"):
+        make("h3o")
 
 
 def test_recall_examples_differ_by_seed_only():
@@ -241,7 +241,7 @@ def test_title_knows_that_fewer_bits_are_better():
     "changes, message",
     [
         ({"tasks": ["recal"]}, "unknown task 'recal'; known: recall, text"),
-        ({"policies": ["full", "h2o"]}, "unknown policy 'h2o'; known: full, retention"),
+        ({"policies": ["full", "h2o"]}, "unknown policy 'h3o'; known: full, retention"),
         ({"tasks": ["text"]}, "needs a config whose data.task is 'text', got 'recall'"),
         ({"lengths": ["192", "8"]}, "'recall' needs lengths of at least 9"),
         ({"seed": -1}, "seed must not be negative, got -1"),
@@ -325,7 +325,7 @@ def test_command_from_workdir_to_results(tmp_path, model, capsys):
 @reads_config
 def test_command_refuses_before_it_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "load", lambda *args: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match="unknown policy 'h2o'; known: full"):
+    with pytest.raises(ValueError, match="unknown policy 'h3o'; known: full"):
         command(tmp_path, f"--checkpoint={tmp_path}", "--policies=h2o")
     with pytest.raises(app.UsageError, match="unexpected arguments"):
         command(tmp_path, "recall")

@@ -64,8 +64,9 @@ def half_life(log_beta: Float[np.ndarray, "*axes"]) -> Float[np.ndarray, "*axes"
 def _read(
     model: Decoder, tokens: Int[Array, "B C"], valid: Bool[Array, "B C"], buffer: Buffer
 ) -> tuple[Float[Array, "B L K C"], Buffer]:
+    """What the new entries carry for the policy, and the buffer that took them in."""
     _, new, queries = decoder.extend(model, tokens, valid, buffer)
-    return new.stat, cache_lib.take_in(buffer, new, valid, queries=queries)
+    return new.stat, cache_lib.take_in(buffer, new, valid, queries)
 
 
 def record(
