@@ -140,6 +140,8 @@ def score_of(log_beta: float, head: int, pos: int, seen: int, cfg: CacheConfig) 
         case "retention":
             steps = n if log_beta == 0 else math.expm1(n * log_beta) / math.expm1(log_beta)
             return (age + 1) * log_beta + math.log(steps)
+        case _:
+            raise ValueError(f"the loops here know no policy {cfg.policy!r}; test_baselines.py has the others")
 
 
 def hashed(pos: int, head: int, seed: int) -> float:

@@ -50,14 +50,25 @@ def _read_rows(path: pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
     problems = []
     for i, row in enumerate(rows):
         for name, kind in Row.__annotations__.items():
-            wanted = (int, float) if kind is float else {dict[str, float]: dict}.get(kind, kind)
-            if name not in row or not isinstance(row.get(name), wanted) or isinstance(row.get(name), bool):
-                problems.append(
-                    f"row {i}: {name} must be of type {getattr(kind, '__name__', kind)}, got {row.get(name)!r}"
-                )
+            if name not in row or not _is_of(row[name], kind):
+                problems.append(f"row {i}: {name} must be of type {_TYPES[kind][0]}, got {row.get(name)!r}")
     if problems:
         raise ValueError(f"{path}: " + "; ".join(problems))
     return run, [Row(**{name: row[name] for name in Row._fields}) for row in rows]
+
+
+# The types of `Row`'s fields: their names, and what JSON has for them.
+_TYPES = {
+    str: ("str", (str,)),
+    int: ("int", (int,)),
+    float: ("float", (int, float)),
+    int | None: ("int or null", (int, type(None))),
+    dict[str, float]: ("object", (dict,)),
+}
+
+
+def _is_of(value: object, kind: object) -> bool:
+    return isinstance(value, _TYPES[kind][1]) and not isinstance(value, bool)
 
 
 def kept_by_head(traces: Sequence[Trace]) -> Float[np.ndarray, "L K"]:
