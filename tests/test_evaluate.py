@@ -241,7 +241,7 @@ def test_title_knows_that_fewer_bits_are_better():
     "changes, message",
     [
         ({"tasks": ["recal"]}, "unknown task 'recal'; known: recall, text"),
-        ({"policies": ["full", "h2o"]}, "unknown policy 'h3o'; known: full, retention"),
+        ({"policies": ["full", "h3o"]}, "unknown policy 'h3o'; known: full, retention"),
         ({"tasks": ["text"]}, "needs a config whose data.task is 'text', got 'recall'"),
         ({"lengths": ["192", "8"]}, "'recall' needs lengths of at least 9"),
         ({"seed": -1}, "seed must not be negative, got -1"),
@@ -326,6 +326,6 @@ def test_command_from_workdir_to_results(tmp_path, model, capsys):
 def test_command_refuses_before_it_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "load", lambda *args: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="unknown policy 'h3o'; known: full"):
-        command(tmp_path, f"--checkpoint={tmp_path}", "--policies=h2o")
+        command(tmp_path, f"--checkpoint={tmp_path}", "--policies=h3o")
     with pytest.raises(app.UsageError, match="unexpected arguments"):
         command(tmp_path, "recall")
