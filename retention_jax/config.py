@@ -20,6 +20,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from retention_jax.eval_config import EvalConfig as EvalConfig
 from retention_jax.model_config import ModelConfig, require
 
 AnyArray = jax.Array | np.ndarray  # what public functions accept: an array on a device or on the host
@@ -254,66 +255,6 @@ class DataConfig:
             (0 <= self.decoys <= 0.6, f"decoys must be in [0, 0.6], got {self.decoys}"),
             (0 <= self.copies <= 1, f"copies must be in [0, 1], got {self.copies}"),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """What is evaluated: every task x length x policy x budget.
-
-    recall and text are streams, read token by token, over several seeds. All other tasks are questions to answer.
-    """
-
-    tasks: tuple[str, ...] = ("recall",)  # () evaluates nothing
-    policies: tuple[str, ...] = ("full", "retention", "retention_local", "streaming", "random")
-    budgets: tuple[int, ...] = (16, 32, 48)
-    lengths: tuple[int, ...] = (192, 768)
-    recent: int = 8  # R while evaluating
-    examples: int = 32  # streams: sequences for each seed
-    seeds: int = 5  # streams
-    seed: int = 0  # streams: the first of `seeds` consecutive ones. answers: of the first sample's draws
-    decoys: float = 0.4  # recall: share of slots that are decoys
-    sources: tuple[str, ...] = ()  # TASK=SOURCE: where a task's questions are, see `tasks/load.py`
-    limit: int | None = None  # answers: the task's first so many problems; None for all
-    samples: int = 1  # answers: to each question
-    temperature: float = 0.0  # answers: 0 is greedy
-    top_p: float = 1.0  # answers: draw from the fewest likeliest tokens of this probability together
-    max_new_tokens: int | None = None  # answers: in place of what the task says
-    query_aware: bool = False  # answers: False evicts from the context before the question is read
-    batch_size: int = 8  # answers: problems read together
-    prefill_chunk: int | None = None  # answers: prompt tokens read at a time; None reads a prompt in one pass
-    enable_thinking: bool | None = None  # answers: given to the chat template; None leaves it to the template
-    judge_url: str = ""  # longmemeval: OpenAI-compatible endpoint of the model that grades
-    judge_model: str = ""  # longmemeval
-
-    def __post_init__(self) -> None:
-        parts = [(text, *text.partition("=")[::2]) for text in self.sources]
-        require(
-            self,
-            (bool(self.policies and self.budgets and self.lengths), "no list but tasks may be empty"),
-            (min(self.budgets, default=1) >= 1, f"budgets must be at least 1, got {self.budgets}"),
-            (min(self.lengths, default=2) >= 2, f"lengths must be at least 2, got {self.lengths}"),
-            (self.recent >= 1, f"recent must be at least 1, got {self.recent}"),
-            (self.examples >= 1, f"examples must be at least 1, got {self.examples}"),
-            (self.seeds >= 1, f"seeds must be at least 1, got {self.seeds}"),
-            *[
-                (value is None or value >= 1, f"{name} must be at least 1, got {value}")
-                for name in ("limit", "samples", "max_new_tokens", "batch_size", "prefill_chunk")
-                for value in [getattr(self, name)]
-            ],
-            (self.temperature >= 0, f"temperature must not be negative, got {self.temperature}"),
-            (0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}"),
-            (
-                self.samples == 1 or self.temperature > 0,
-                f"samples={self.samples} would all be equal: they need a temperature above 0",
-            ),
-            *[(bool(name and source), f"sources must be TASK=SOURCE, got {text!r}") for text, name, source in parts],
-            (len({name for _, name, _ in parts}) == len(parts), f"sources must differ in task, got {self.sources}"),
-        )
-
-    @property
-    def source_of(self) -> dict[str, str]:
-        """`sources` by task."""
-        return {name: source for name, _, source in (text.partition("=") for text in self.sources)}
 
 
 @dataclasses.dataclass(frozen=True)

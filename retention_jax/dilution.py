@@ -279,6 +279,8 @@ def run(model: Decoder, config: EvalConfig, data: DataConfig, output: pathlib.Pa
       ValueError: on another task, as `evaluate.check` does, and when the vocabulary is too small for the task.
     """
     evaluate.check(config, data)
+    if "oracle" in config.policies:
+        raise ValueError("dilution: policy 'oracle' is for scores alone")
     if config.tasks != ("recall",):
         raise ValueError(f"dilution: only the task 'recall' knows its useful tokens, got {', '.join(config.tasks)}")
     if model.config.vocab_size < recall.VOCAB_SIZE:

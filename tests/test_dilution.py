@@ -348,7 +348,7 @@ def test_what_cannot_be_measured_is_refused(model, monkeypatch):
     text = DataConfig(task="text", path="some.txt")
     with pytest.raises(ValueError, match="only the task 'recall' knows its useful tokens, got recall, text"):
         dilution.run(model, change(tasks=("recall", "text")), text, None)
-    with pytest.raises(ValueError, match="unknown policy 'oracle'"):
+    with pytest.raises(ValueError, match="policy 'oracle' is for scores alone"):
         dilution.run(model, change(policies=("oracle",)), DATA, None)
     with pytest.raises(ValueError, match="'recall' needs a vocabulary of 64, got 32"):
         dilution.run(tiny_model(), SMALL, DATA, None)

@@ -20,6 +20,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 LAYERS = (
     (
         "model_config",
+        "eval_config",
         "config",
         "config_io",
         "files",
@@ -31,6 +32,7 @@ LAYERS = (
         "chat",
     ),
     ("kernels", "policies", "sampling"),
+    ("selection",),
     ("cache",),
     ("models", "data", "tasks"),
     ("decoding", "losses", "checkpoint"),
