@@ -35,8 +35,8 @@ class Search(NamedTuple):
 
 def search(numbers: Sequence[int], target: int) -> Search | None:
     """What a depth-first search over pairs of numbers, the larger one first, finds and tells; None: there is no way."""
-    trace = [f"Initial number set: {list(numbers)}, target: {target}. Options for choosing two numbers: "]
-    trace[0] += f"{list(itertools.combinations(numbers, 2))}."
+    pairs = list(itertools.combinations(numbers, 2))
+    trace = [f"Initial number set: {list(numbers)}, target: {target}. Options for choosing two numbers: {pairs}."]
     solution = _found(list(numbers), target, 1, trace)
     return Search("\n".join(trace), solution) if solution else None
 
@@ -87,9 +87,10 @@ def _results(a: int, b: int) -> Iterator[tuple[str, int | float | None]]:
 
 
 def is_solution(numbers: Sequence[int], target: int, text: str) -> bool:
-    """Whether a text is one equation a line that use up all numbers and reach the target, divisions without remainder.
+    """Whether a text has one equation a line, and they are right, use up all numbers and reach the target.
 
-    As in the published script results may be negative or large, though the prompt forbids that.
+    A division leaves no remainder. Results may be negative or large, as in the published script: only its prompt
+    forbids that.
     """
     left, lines = list(numbers), text.strip().split("\n")
     if len(lines) != len(numbers) - 1:
