@@ -22,7 +22,7 @@ NAMES = ["dilution", "quickstart", "what_is_kept", "your_checkpoint"]
 # What a reader could change as well, so that a run takes seconds: fields of a notebook and their values.
 SMALL = {
     "dilution": {"LENGTHS": "(96,)"},
-    "quickstart": {"STEPS": "2", "BUDGETS": "(16,)"},
+    "quickstart": {"STEPS": "2", "BUDGETS": "(16,)", "LENGTH": "96"},
     "what_is_kept": {},
     "your_checkpoint": {"BUDGET": "8", "LENGTH": "96"},
 }
