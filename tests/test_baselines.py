@@ -16,7 +16,7 @@ from retention_jax.config import CacheConfig, Policy
 from retention_jax.decoding import _outlook
 from retention_jax.kernels import key_products
 
-pytestmark = [pytest.mark.usefixtures("compile_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 B, K, G, E, Q, H = 2, 2, 2, 9, 5, 4
 

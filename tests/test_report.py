@@ -22,8 +22,6 @@ from retention_jax.report import page, results
 from retention_jax.report import trace as trace_lib
 from retention_jax.report.trace import NEVER
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 T = 26
 NAMES = [f"t{i}" for i in range(T)]
 

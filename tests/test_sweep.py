@@ -52,7 +52,7 @@ def tok(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(compile_quickly):
+def model():
     return tiny_model(vocab_size=300)
 
 
@@ -211,7 +211,7 @@ def sweep_streams(output):
     return evaluate.run(tiny_model(vocab_size=64), config, DataConfig(), output)
 
 
-def test_a_killed_sweep_goes_on(tmp_path, compile_quickly):
+def test_a_killed_sweep_goes_on(tmp_path):
     path = tmp_path / "killed" / "journal-0.jsonl"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(path.parent)], cwd=ROOT, env=environment)

@@ -51,9 +51,6 @@ def assert_same(got: Decoder, want: Decoder, kind: type[nnx.Variable]) -> None:
         assert a.dtype == b.dtype and np.asarray(a[...]).tobytes() == np.asarray(b[...]).tobytes(), path
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture
 def folders(tmp_path):
     """A saved backbone, its saved gates."""
