@@ -1,6 +1,9 @@
 """The main job: gates for the shipped recall backbone, then full cache against every policy and budget.
 
     python -m retention_jax.train --config=configs/recall.py --workdir=runs/recall
+    cp runs/recall/gates/* retention_jax/checkpoints/recall_gates/
+
+The second line is how `builtin:recall_gates` came into the package.
 
 Hardware and time: 2 CPU cores, 3 minutes, half of them training.
 Expected at 768 tokens, four times the trained length: see the table in README.md.

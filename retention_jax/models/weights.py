@@ -39,8 +39,8 @@ def load(
     Args:
       folder: a local folder, a name on the Hugging Face hub (only JSON, templates and safetensors are downloaded), or
         `builtin:recall`.
-      gates: a gate folder, released or ours, or its name on the hub; without one the model gets fresh gates that forget
-        next to nothing.
+      gates: a gate folder, released or ours, its name on the hub, or `builtin:recall_gates`; without one the model gets
+        fresh gates that forget next to nothing.
       dtype: of the backbone; gates are float32.
       revision: branch, tag or commit on the hub.
       mesh: lays weights and gates out as `sharding.DECODING` says; None: all on the default device.
