@@ -217,8 +217,10 @@ def test_h2o_carries_the_sum_of_attention_rows():
     recent: list[list[int]] = [[] for _ in range(B)]
     take_in, append = jax.jit(cache.take_in), jax.jit(lambda *a: cache.evict_full(cache.append(*a)))
     for size, counts in ((5, (5, 2)), (5, (4, 0)), *[(1, (1, 1))] * 4, (1, (0, 1)), (5, (5, 3)), *[(1, (1, 1))] * 3):
-        take = lambda a, axis: np.stack([np.take(a[b], range(seen[b], seen[b] + size), axis) for b in range(B)])  # noqa: B023
         at = seen[:, None] + np.arange(size)
+        take = lambda a, axis, at=at: np.stack(
+            [np.take(of_row, here, axis) for of_row, here in zip(a, at, strict=True)]
+        )
         valid = np.arange(size)[None] < np.array(counts)[:, None]
         pos = np.broadcast_to(np.where(valid, at, -1)[:, None, None], (B, L, K, size)).astype(np.int32)
         keys, values = (jnp.asarray(take(a, 2), jnp.float32) for a in (k, v))
@@ -242,7 +244,7 @@ def test_h2o_carries_the_sum_of_attention_rows():
                                     visible, softmax(k[b, l, h, visible] @ q[b, l, t, n] / np.sqrt(H)), strict=True
                                 ):
                                     got[p] += a
-                        order = sorted(got, key=lambda p: (p < seen[b] - M // 2, -got[p]))  # noqa: B023
+                        order = sorted(got, key=lambda p, got=got, old=seen[b] - M // 2: (p < old, -got[p]))
                         pool[b][l][h] = {p: got[p] for p in sorted(order[:M])}
                 recent[b] = []
         for b in range(B):

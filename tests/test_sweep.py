@@ -10,9 +10,9 @@ import sys
 
 import pytest
 from helpers import tiny_model
-from text_helpers import save_tokenizer
+from text_helpers import make_tokenizer
 
-from retention_jax import evaluate, tokenizer
+from retention_jax import evaluate
 from retention_jax.config import DataConfig, EvalConfig
 from retention_jax.evaluation import devices, journal, prompts, rows, sweep
 from retention_jax.evaluation.answers import Answers
@@ -47,9 +47,7 @@ TASK = Task(
 
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return tokenizer.load(folder)
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
