@@ -160,7 +160,7 @@ def _task_settings(config: EvalConfig, output: pathlib.Path | None) -> load.Sett
 
 # Flags that stand in for a field of EvalConfig, by what the flag holds.
 LISTS = ("tasks", "policies", "budgets", "lengths", "sources")
-NUMBERS = ("seed", "samples", "limit", "batch_size", "max_new_tokens", "prefill_chunk")
+NUMBERS = ("seed", "samples", "limit", "batch_size", "max_new_tokens", "context", "prefill_chunk")
 REALS = ("temperature", "top_p")
 SWITCHES = ("query_aware",)
 

@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from helpers import tiny_model
@@ -17,7 +18,8 @@ from retention_jax.config import DataConfig, EvalConfig
 from retention_jax.evaluation import devices, journal, prompts, rows, sweep
 from retention_jax.evaluation.answers import Answers
 from retention_jax.evaluation.journal import Unit
-from retention_jax.tasks.example import Example, Task, Turn
+from retention_jax.tasks import text_metrics
+from retention_jax.tasks.example import Cut, Example, Task, Turn
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -75,7 +77,12 @@ def untimed(results):
 @pytest.mark.parametrize("chat", (True, False))
 def test_a_split_prompt_has_the_tokens_of_the_whole(tok, chat):
     of = lambda aware: prompts.of_task(
-        TASK._replace(chat=chat), tok, limit=None, query_aware=aware, template_kwargs={"enable_thinking": False}
+        TASK._replace(chat=chat),
+        tok,
+        limit=None,
+        query_aware=aware,
+        template_kwargs={"enable_thinking": False},
+        room=[999] * 5,
     )
     for split, whole, example in zip(of(False), of(True), TASK.examples, strict=True):
         assert whole.context == [] and split.context + split.turns[0] == whole.turns[0]
@@ -98,9 +105,42 @@ def test_a_split_prompt_has_the_tokens_of_the_whole(tok, chat):
 def test_a_token_of_both_goes_to_the_question(tok):
     example = Example("x", "what is t", (Turn("wo", ("",), 1),))
     task = Task((example,), "F1", score, False, "")
-    (prompt,) = prompts.of_task(task, tok, limit=None, query_aware=False, template_kwargs={})
+    (prompt,) = prompts.of_task(task, tok, limit=None, query_aware=False, template_kwargs={}, room=[99])
     assert prompt.context + prompt.turns[0] == tok.encode("what is two", bos=False)
     assert len(tok.encode(" two", bos=False)) == 1 and tok.decode(prompt.context) == "what is"
+
+
+TOLD = "one two three four five six seven eight nine ten. " * 4
+
+
+@pytest.mark.parametrize("chat", (True, False))
+@pytest.mark.parametrize("cut", get_args(Cut))
+def test_too_long_prompts_lose_what_their_authors_take(tok, chat, cut):
+    example = Example("x", TOLD, (Turn("what is two plus two?", ("",), 1, " It"), Turn("and the dog?", ("",), 1)))
+    task = Task((example, example), "F1", score, chat, "", cut)
+    of = lambda room: prompts.of_task(task, tok, limit=None, query_aware=False, template_kwargs={}, room=[999, room])
+    whole, same = of(999)
+    assert same == whole._replace(index=1, first_turn=2) and not same.cut
+    short = of(prompts.num_tokens(whole) - 30)[1]
+    assert (
+        short.cut and prompts.num_tokens(short) == prompts.num_tokens(whole) - 30 and short.turns[1:] == whole.turns[1:]
+    )
+    text = TOLD + example.turns[0].question if cut == "middle of prompt" else TOLD
+    ids = tok.encode(text, bos=False)
+    left = ids[: len(ids) - 30] if cut == "end of context" else text_metrics.truncated_middle(ids, len(ids) - 30)
+    said = tok.decode(left) + ("" if cut == "middle of prompt" else example.turns[0].question)
+    text = f"user\n{said}\nassistant\n It" if chat else f"{said} It"
+    assert tok.decode(short.context + short.turns[0]) == text
+    with pytest.raises(ValueError, match="'x': no room for a prompt of .* tokens, even without its " + cut):
+        of(5)
+
+
+def test_prompts_that_nobody_may_cut_are_refused(model, tok):
+    config = dataclasses.replace(CONFIG, context=70)
+    assert Answers(model, tok, config, "made", TASK._replace(cut="middle of context"), None).cut == 1
+    told = r"'made': 1 of 5 prompts are longer than the context of 70 tokens, 'e3' has 85; its authors"
+    with pytest.raises(ValueError, match=told):
+        Answers(model, tok, config, "made", TASK, None)
 
 
 def test_rows_of_answers_by_hand(model, tok, tmp_path):
