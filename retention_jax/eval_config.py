@@ -19,7 +19,7 @@ class EvalConfig:
     recent: int = 8  # R while evaluating
     examples: int = 32  # streams: sequences for each seed
     seeds: int = 5  # streams
-    seed: int = 0  # streams: the first of `seeds` consecutive ones. answers: of the first sample's draws
+    seed: int = 0  # streams: the first of `seeds` consecutive ones. answers: of the draws
     decoys: float = 0.4  # recall: share of slots that are decoys
     sources: tuple[str, ...] = ()  # TASK=SOURCE: where a task's questions are, see `tasks/load.py`
     limit: int | None = None  # answers: the task's first so many problems; None for all

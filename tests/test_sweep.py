@@ -16,7 +16,7 @@ from text_helpers import make_tokenizer
 from retention_jax import evaluate
 from retention_jax.config import DataConfig, EvalConfig
 from retention_jax.evaluation import devices, journal, prompts, rows, sweep
-from retention_jax.evaluation.answers import Answers
+from retention_jax.evaluation.answers import Answers, seed_of
 from retention_jax.evaluation.journal import Unit
 from retention_jax.tasks import text_metrics
 from retention_jax.tasks.example import Cut, Example, Task, Turn
@@ -137,7 +137,9 @@ def test_too_long_prompts_lose_what_their_authors_take(tok, chat, cut):
 
 def test_prompts_that_nobody_may_cut_are_refused(model, tok):
     config = dataclasses.replace(CONFIG, context=70)
-    assert Answers(model, tok, config, "made", TASK._replace(cut="middle of context"), None).cut == 1
+    assert (
+        Answers(model, tok, config, "made", TASK._replace(cut="middle of context"), None).cut == 2
+    )  # e4 lacks room to answer
     told = r"'made': 1 of 5 prompts are longer than the context of 70 tokens, 'e3' has 85; its authors"
     with pytest.raises(ValueError, match=told):
         Answers(model, tok, config, "made", TASK, None)
@@ -174,6 +176,10 @@ def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
         texts.append({(u.seed, a["example"], a["turn"]): a["text"] for u, r in done.items() for a in r["answers"]})
     assert texts[0] == texts[1]
     assert any(texts[0][0, f"e{i}", 0] != texts[0][1, f"e{i}", 0] for i in range(5))
+
+
+def test_no_two_samples_have_one_seed():
+    assert len({seed_of(seed, sample) for seed in range(50) for sample in range(50)}) == 2500
 
 
 def test_what_is_done_is_not_done_again(model, tok, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ class Answers:
                 max_new_tokens=max_new_tokens,
                 temperature=self.config.temperature,
                 top_p=self.config.top_p,
-                seed=self.config.seed + sample,
+                seed=seed_of(self.config.seed, sample),
                 stop_tokens=self.tokenizer.stop_tokens,
                 row_ids=[prompt.first_turn + turn for prompt in batch],
                 buffer=buffer,
@@ -166,6 +166,11 @@ class Answers:
             groups={name: float(np.mean(found)) for name, found in sorted(groups.items())},
             cut=self.cut,
         )
+
+
+def seed_of(seed: int, sample: int) -> int:
+    """What a sample's draws start from. The sum of the two would give runs with other seeds the same samples."""
+    return int(np.random.SeedSequence((seed, sample)).generate_state(1)[0])
 
 
 def _most_tokens(prompt: Prompt, new_tokens: tuple[int, ...]) -> int:
