@@ -203,7 +203,8 @@ def test_wrong_set_ups_are_one_error_before_the_model(folder, tmp_path, differs,
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_sweep(folder, tmp_path):
+def test_two_processes_share_a_sweep(folder, tmp_path, compile_quickly, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     output = tmp_path / "two"
     python = [sys.executable, "-m", "retention_jax.evaluate", "--config=configs/recall.py"]
     chosen = ["--policies=full,streaming", "--budgets=3", "--lengths=36", "--config.eval.seeds=3"]
