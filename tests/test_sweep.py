@@ -168,7 +168,7 @@ def test_rows_of_answers_by_hand(model, tok, tmp_path):
 
 
 def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
-    sampled = dataclasses.replace(CONFIG, policies=("streaming",), samples=2, temperature=5.0)
+    sampled = dataclasses.replace(CONFIG, policies=("random_keep_prompt",), samples=2, temperature=5.0)
     texts = []
     for name, size in (("a", 2), ("b", 1)):
         evaluated(model, tok, dataclasses.replace(sampled, batch_size=size), tmp_path / name)
@@ -252,7 +252,7 @@ test_sweep.sweep_streams(pathlib.Path(sys.argv[1]))
 
 
 def sweep_streams(output):
-    config = EvalConfig(policies=("full", "streaming", "random"), budgets=(3,), lengths=(36,), recent=6, examples=2)
+    config = EvalConfig(policies=("full", "streaming", "oracle"), budgets=(3,), lengths=(36,), recent=6, examples=2)
     return evaluate.run(tiny_model(vocab_size=64), config, DataConfig(), output)
 
 
