@@ -241,7 +241,7 @@ from retention_jax.evaluation.journal import Journal
 write, units = Journal.write, []
 
 def until_killed(book, unit, result):
-    if len(units) == 4:
+    if len(units) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     units.append(unit)
     write(book, unit, result)
@@ -252,7 +252,7 @@ test_sweep.sweep_streams(pathlib.Path(sys.argv[1]))
 
 
 def sweep_streams(output):
-    config = EvalConfig(policies=("full", "streaming", "oracle"), budgets=(3,), lengths=(36,), recent=6, examples=2)
+    config = EvalConfig(policies=("full", "oracle"), budgets=(3,), lengths=(36,), recent=6, examples=2)
     return evaluate.run(tiny_model(vocab_size=64), config, DataConfig(), output)
 
 
@@ -262,11 +262,11 @@ def test_a_killed_sweep_goes_on(tmp_path, compile_quickly):
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(path.parent)], cwd=ROOT, env=environment)
     assert process.wait() == -signal.SIGKILL
     before = path.read_bytes()
-    assert before.count(b"\n") == 1 + 4
+    assert before.count(b"\n") == 1 + 7
     again, whole = sweep_streams(path.parent), sweep_streams(tmp_path / "whole")
     assert [r.score for r in again] == [r.score for r in whole]
     after = path.read_bytes()
-    assert after.startswith(before) and after.count(b"\n") == 1 + 3 * 5
+    assert after.startswith(before) and after.count(b"\n") == 1 + 2 * 5
     header = json.loads(after.splitlines()[0])["fingerprint"]
     read = lambda folder: untimed(journal.read(folder, header))
     assert read(path.parent) == read(tmp_path / "whole")
