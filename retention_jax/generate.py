@@ -62,6 +62,8 @@ def define_flags(values: flags.FlagValues) -> None:
     real("threshold", CacheConfig.threshold, "Keep only scores of at least the log of this.")
     number("horizon", CacheConfig.horizon, "Steps of future use that the retention score counts.")
     switch("local", CacheConfig.local, "The budget for each layer and head, not for all together.")
+    number("observe", CacheConfig.observe, "Newest queries that vote, in policies of SnapKV's kind.")
+    number("pool_width", CacheConfig.pool_width, "Neighbouring entries that share a vote, in the same policies.")
     flags.mark_flags_as_required(["model", "budget"], flag_values=values)
 
 

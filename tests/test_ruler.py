@@ -354,7 +354,6 @@ def test_what_comes_depends_on_the_arguments_only(files):
 import sys
 from retention_jax.tasks import ruler
 
-pytestmark = pytest.mark.slow
 encode = lambda text: [0] * len(text.split())
 names = ("niah_multikey_2", "cwe", "vt", "fwe")
 tasks = [ruler.load(name, encode=encode, length=1024, examples=2, seed=5) for name in names]

@@ -142,7 +142,7 @@ def test_backbone_stage_learns_and_gates_follow(folders, tmp_path):
     train.run(config, tmp_path)
     losses = [r["loss"] for r in metrics_of(tmp_path / "backbone_run")]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
-    rows = json.loads((tmp_path / "eval" / "results.json").read_text())
+    rows = json.loads((tmp_path / "eval" / "results.json").read_text())["rows"]
     assert {r["policy"] for r in rows} == {"full", "retention"}
     weights.load(tmp_path / "backbone", tmp_path / "gates", "float32")
 

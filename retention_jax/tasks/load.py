@@ -7,13 +7,14 @@ longbench/PART                            `longbench.NAMES`        SOURCE
 longbench_v2/PART                         `longbench_v2.NAMES`     SOURCE
 longmemeval/PART                          `longmemeval.NAMES`      SOURCE; answers are graded by a judge
 scbench/PART, scbench/MODE/PART           `scbench.NAMES`, `scbench.MODES`, the first of them by default    SOURCE
+longproc/PART, longproc/METRIC/PART       `longproc.NAMES`, `longproc.METRICS`, likewise    SOURCE, beside prompts.yaml
 """
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from retention_jax.tasks import judge, longbench, longbench_v2, longmemeval, maths, ruler, scbench
+from retention_jax.tasks import judge, longbench, longbench_v2, longmemeval, longproc, maths, ruler, scbench
 from retention_jax.tasks.example import Task
 
 
@@ -36,6 +37,7 @@ PARTS = {
     "longbench_v2": longbench_v2.NAMES,
     "longmemeval": longmemeval.NAMES,
     "scbench": (*scbench.NAMES, *(f"{mode}/{name}" for mode in scbench.MODES for name in scbench.NAMES)),
+    "longproc": (*longproc.NAMES, *(f"{metric}/{name}" for metric in longproc.METRICS for name in longproc.NAMES)),
 }
 
 
@@ -98,5 +100,8 @@ def load(name: str, settings: Settings, encode: Callable[[str], list[int]], leng
         case "scbench":
             mode, _, plain = part.rpartition("/")
             return scbench.load(plain, source, mode or scbench.MODES[0])
+        case "longproc":
+            metric, _, plain = part.rpartition("/")
+            return longproc.load(plain, source, metric or longproc.METRICS[0])
         case _:
             raise ValueError(f"unknown task {name!r}; known families: {', '.join(PARTS)}")
