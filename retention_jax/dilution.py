@@ -145,7 +145,7 @@ def _masses(
     `decoder.extend`. With queries of 0 it is the share of the tokens seen, and the log-sum-exp is the log of their
     number.
     """
-    B, L, T, _, H = queries.shape
+    _, L, T, _, H = queries.shape
     # Values are H wide, so marks go through attention so many at a time.
     blocks = -(-marks.shape[-1] // H)
     marks = jnp.pad(marks, ((0, 0), (0, 0), (0, blocks * H - marks.shape[-1])))

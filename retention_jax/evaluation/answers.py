@@ -53,7 +53,8 @@ class Answers:
             most = max(too_long, key=num_tokens)
             raise ValueError(
                 f"task {name!r}: {len(too_long)} of {len(found)} prompts are longer than the context of {context} "
-                f"tokens, {task.examples[most.index].name!r} has {num_tokens(most)}; its authors do not cut prompts"
+                f"tokens, {task.examples[most.index].name!r} has {num_tokens(most)}; its authors do not cut them, "
+                "so only another --context lets them pass"
             )
         self.cut = sum(prompt.cut for prompt in found)
         self.batches = prompts.batches(found, self.new_tokens, config.batch_size)

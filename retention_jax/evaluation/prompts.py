@@ -44,8 +44,7 @@ def of_task(
       limit: None for all.
       query_aware: whether the context is read together with the first question.
       template_kwargs: further variables of the template.
-      room: tokens that each prompt may have; longer ones are cut where the task says how. Without what is around the
-        text that is cut, these are the tokens that its authors leave of it.
+      room: tokens that each prompt may have, all turns together; longer ones are cut where the task says how.
 
     Raises:
       ValueError: as `chat.render` does, when the template changes what the user says, and when a prompt has no room
@@ -54,14 +53,14 @@ def of_task(
     templated = task.chat and "default" in tokenizer.chat_templates
     prompts, first_turn = [], 0
     around = _around(tokenizer, template_kwargs) if templated else ("", "")
+    first = lambda example: _first(example, tokenizer, templated, around, template_kwargs)
     for index, example in enumerate(task.examples[:limit]):
-        first = lambda example: _first(example, tokenizer, templated, around, template_kwargs)
         later = [_later(example, turn, tokenizer, templated, template_kwargs) for turn in range(1, len(example.turns))]
         tokens, split = first(example)
         left = room[index] - sum(len(turn) for turn, _ in later)
-        too_long = task.cut is not None and len(tokens) > left
-        if task.cut is not None and too_long:
-            tokens, split = _shortened(example, task.cut, left, tokenizer, first)
+        cut = task.cut if len(tokens) > left else None
+        if cut is not None:
+            tokens, split = _shortened(example, cut, left, tokenizer, first)
         split = 0 if query_aware else split
         prompts.append(
             Prompt(
@@ -70,7 +69,7 @@ def of_task(
                 context=tokens[:split],
                 turns=[tokens[split:], *(turn for turn, _ in later)],
                 closing=any(closing for _, closing in later),
-                cut=too_long,
+                cut=cut is not None,
             )
         )
         first_turn += len(example.turns)
