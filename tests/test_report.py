@@ -153,7 +153,9 @@ class Reader(html.parser.HTMLParser):
 
 
 def row(**changes):
-    one = Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 2000, 9000, 1.0, 900.0, None, {})
+    one = Row(
+        "recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 2000, 9000, 1.0, 900.0, None, {}, 0
+    )
     return one._replace(**changes)
 
 

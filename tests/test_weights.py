@@ -295,7 +295,8 @@ def test_unsupported_features_are_named(folders, changes, message):
                     factor=4.0,
                     original_length=8,
                     attention_factor=(0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1),
-                )
+                ),
+                context=32,
             ),
         ),
         (
@@ -315,6 +316,7 @@ def test_unsupported_features_are_named(folders, changes, message):
                     short_factor=(1.0, 2.0),
                     long_factor=(3.0, 4.0),
                 ),
+                context=64,
             ),
         ),
         (dict(tie_word_embeddings=True), dict(tie_embeddings=True)),

@@ -202,4 +202,5 @@ class Streams:
             tokens_per_second=self.tokens.size / seconds,
             peak_bytes=devices.most(r["peak_bytes"] for r in results.values()),
             groups={},
+            cut=0,
         )
