@@ -368,8 +368,8 @@ def _outlook(
     Ranking by it is the oracle: greedy on the full cache's attention, and so not the best that could be kept.
     """
     (B, T), cfg, R = tokens.shape, model.config, cache.recent
-    asks_for_all = CacheConfig(budget=1, recent=1, policy="h2o")
-    _, new, q = decoder.extend(model, tokens, valid, cache_lib.empty(cfg, asks_for_all, B))
+    nothing = cache_lib.empty(cfg, CacheConfig(budget=1, recent=1), B)
+    _, new, q = decoder.extend(model, tokens, valid, nothing, queries=T)
     assert q is not None
     starts = jnp.arange(0, T, R, dtype=jnp.int32)
 

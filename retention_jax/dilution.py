@@ -36,8 +36,7 @@ from retention_jax.dilution_plots import Result
 from retention_jax.evaluation import streams
 from retention_jax.evaluation.rows import interval
 from retention_jax.kernels import ops
-from retention_jax.models import decoder, layers, rope, weights
-from retention_jax.models import gate as gate_lib
+from retention_jax.models import decoder, weights
 from retention_jax.models.decoder import Decoder
 from retention_jax.tasks import recall
 
@@ -119,74 +118,65 @@ def measure(
 
     def one_chunk(buffer, chunk):
         tokens, asked, valid = chunk
-        hidden, entries, queries, found = _extend(model, tokens, valid, buffer, marks, asked)
+        hidden, entries, queries = decoder.extend(model, tokens, valid, buffer, queries=R)
+        assert queries is not None
         best = jnp.argmax(decoder.unembed(model, hidden), axis=-1).astype(jnp.int32)
-        return cache_lib.take_in(buffer, entries, valid, queries), (*found, best)
+        found = _masses(buffer, entries, queries, marks, asked)
+        # The newest queries of a whole chunk are its last ones; behind a padded one nothing is measured.
+        wanted = policies.queries_kept(cache, R)
+        newest = queries[:, :, R - wanted :] if wanted else None
+        return cache_lib.take_in(buffer, entries, valid, newest), (*found, best)
 
     chunked = (by_chunk(pad(tokens)), by_chunk(pad(asked)), by_chunk(valid))
     _, found = jax.lax.scan(one_chunk, cache_lib.empty(model.config, cache, B), chunked)
     return Measured(*(a.swapaxes(0, 1).reshape(B, chunks * R, *a.shape[3:])[:, :T] for a in found))
 
 
-def _extend(
-    model: Decoder,
-    tokens: Int[Array, "B T"],
-    valid: Bool[Array, "B T"],
+def _masses(
     buffer: Buffer,
+    new: Entries,
+    queries: Float[Array, "B L T N H"],
     marks: Float[Array, "B all any_and_facts"],
     asked: Int[Array, "B T"],
-) -> tuple[Float[Array, "B T D"], Entries, Float[Array, "B L T N H"] | None, tuple[Float[Array, "B T L N"], ...]]:
-    """`decoder.extend`, layer by layer, with the masses of `Measured` beside what it returns.
+) -> tuple[Float[Array, "B T L N"], ...]:
+    """The masses of `Measured` for new tokens, from their queries, over the buffer and themselves.
 
-    Attention over 0 and 1 in place of values is the share of attention on the ones, by the very same operations. With
-    queries of 0 it is the share of the tokens seen, and the log-sum-exp is the log of their number.
+    Attention over 0 and 1 in place of values is the share of attention on the ones, by the very operations of
+    `decoder.extend`. With queries of 0 it is the share of the tokens seen, and the log-sum-exp is the log of their
+    number.
     """
-    cfg = model.config
-    pos = buffer.seen[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    turn = rope.rotation(pos, (buffer.seen + valid.sum(axis=1, dtype=jnp.int32))[:, None], cfg)
-    # Values are `head_size` wide, so marks go through attention so many at a time.
-    blocks = -(-marks.shape[-1] // cfg.head_size)
-    marks = jnp.pad(marks, ((0, 0), (0, 0), (0, blocks * cfg.head_size - marks.shape[-1])))
+    _, L, T, _, H = queries.shape
+    # Values are H wide, so marks go through attention so many at a time.
+    blocks = -(-marks.shape[-1] // H)
+    marks = jnp.pad(marks, ((0, 0), (0, 0), (0, blocks * H - marks.shape[-1])))
     at = lambda pos: jnp.take_along_axis(marks, jnp.clip(pos, 0, marks.shape[1] - 1)[..., None], axis=1)
+    pos = buffer.seen[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     pairs = [jnp.split(a, blocks, axis=-1) for a in (at(buffer.pool.pos), at(pos))]
 
-    def layer_step(x, scanned):
-        layer, weight, offset, index, window = scanned
-        q, k, v, features = layer.project(x, turn)
+    def of_layer(scanned):
+        q, k, index, window = scanned
+        k = k.swapaxes(1, 2)
 
         def attend(q, pool_v, v):
             held = buffer._replace(pool=buffer.pool._replace(v=pool_v))
-            return ops.merge([cache_lib.attend(held, q, index), ops.causal_attention(q, k, v, window)])
+            every_head = jnp.broadcast_to(v[:, :, None], k.shape)
+            return ops.merge([cache_lib.attend(held, q, index), ops.causal_attention(q, k, every_head, window)])
 
         def share(q):
             """Attention on the fact asked for and on any fact, and the log-sum-exp of the logits."""
-            parts = [
-                attend(q, pool, jnp.broadcast_to(new[:, :, None], v.shape)) for pool, new in zip(*pairs, strict=True)
-            ]
+            parts = [attend(q, pool, v) for pool, v in zip(*pairs, strict=True)]
             out = jnp.concatenate([part.out for part in parts], axis=-1)
             return jnp.take_along_axis(out, asked[:, :, None, None] + 1, axis=-1)[..., 0], out[..., 0], parts[0].lse
 
         on_asked, on_any, _ = share(q)
         useful, _, log_seen = share(jnp.zeros_like(q))
         seen = jnp.exp(log_seen)
-        attended = attend(q, buffer.pool.v, v).out
-        stat = policies.carried(buffer.config, gate_lib.log_retention(features, weight, offset), prompt=False)
-        out = (q, k.swapaxes(1, 2), v.swapaxes(1, 2), stat, (on_asked, on_any, useful * seen, seen))
-        return layer.finish(x, attended.astype(q.dtype)), out
+        return on_asked, on_any, useful * seen, seen
 
-    x = model.embedding[...][tokens]
-    weight, offset = model.final_projection.per_layer(cfg.num_layers, cfg.num_kv_heads)
-    windows = None if cfg.windows is None else jnp.asarray(cfg.windows, jnp.int32)
-    scanned = (model.layers, weight, offset, jnp.arange(cfg.num_layers), windows)
-    x, (*new, found) = jax.lax.scan(layer_step, x, scanned)
-    q, k, v, stat = (a.swapaxes(0, 1) for a in new)
-    entries = Entries(k, v, stat, jnp.broadcast_to(jnp.where(valid, pos, -1)[:, None, None], stat.shape))
-    wanted = policies.queries_kept(buffer.config, tokens.shape[1])
-    first = jnp.maximum(valid.sum(axis=1, dtype=jnp.int32) - wanted, 0)
-    newest = jax.vmap(lambda q, at: jax.lax.dynamic_slice_in_dim(q, at, wanted, axis=1))(q, first)
-    queries = newest if wanted else None
-    hidden = layers.rms_norm(x, model.final_norm[...], cfg.norm_eps)
-    return hidden, entries, queries, tuple(jnp.moveaxis(a, 0, 2) for a in found)
+    windows = None if buffer.windows is None else jnp.asarray(buffer.windows, jnp.int32)
+    by_layer = lambda a: a.swapaxes(0, 1)
+    found = jax.lax.map(of_layer, (by_layer(queries), by_layer(new.k), jnp.arange(L), windows))
+    return tuple(jnp.moveaxis(a, 0, 2) for a in found)
 
 
 def evaluated(model: Decoder, config: EvalConfig, data: DataConfig, length: int, policy: str, budget: int) -> Result:

@@ -97,8 +97,7 @@ def _look(line: tuple[str, int], lines: Sequence[tuple[str, int]]) -> dict[str, 
         return {"color": "black", "marker": "*", "linestyle": "-", "label": "full cache"}
     i, budgets = policies.index(policy), sorted({budget for _, budget in lines if budget}, reverse=True)
     return {
-        "color": plots.COLORS[i % len(plots.COLORS)],
-        "marker": plots.MARKERS[i % len(plots.MARKERS)],
+        **plots.line_style(i),
         "linestyle": _STYLES[budgets.index(budget) % len(_STYLES)],
         "label": f"{policy.replace('_', ' ')}, {budget} kept",
     }

@@ -19,7 +19,7 @@ class EvalConfig:
     recent: int = 8  # R while evaluating
     examples: int = 32  # streams: sequences for each seed
     seeds: int = 5  # streams
-    seed: int = 0  # streams: the first of `seeds` consecutive ones. answers: of the first sample's draws
+    seed: int = 0  # streams: the first of `seeds` consecutive ones. answers: of the draws
     decoys: float = 0.4  # recall: share of slots that are decoys
     sources: tuple[str, ...] = ()  # TASK=SOURCE: where a task's questions are, see `tasks/load.py`
     limit: int | None = None  # answers: the task's first so many problems; None for all
@@ -28,6 +28,7 @@ class EvalConfig:
     top_p: float = 1.0  # answers: draw from the fewest likeliest tokens of this probability together
     max_new_tokens: int | None = None  # answers: in place of what the task says
     query_aware: bool = False  # answers: False evicts from the context before the question is read
+    context: int | None = None  # answers: tokens of prompt and answers; None: as many as the model was made to read
     batch_size: int = 8  # answers: problems read together
     prefill_chunk: int | None = None  # answers: prompt tokens read at a time; None reads a prompt in one pass
     enable_thinking: bool | None = None  # answers: given to the chat template; None leaves it to the template
@@ -46,7 +47,7 @@ class EvalConfig:
             (self.seeds >= 1, f"seeds must be at least 1, got {self.seeds}"),
             *[
                 (value is None or value >= 1, f"{name} must be at least 1, got {value}")
-                for name in ("limit", "samples", "max_new_tokens", "batch_size", "prefill_chunk")
+                for name in ("limit", "samples", "max_new_tokens", "context", "batch_size", "prefill_chunk")
                 for value in [getattr(self, name)]
             ],
             (self.temperature >= 0, f"temperature must not be negative, got {self.temperature}"),

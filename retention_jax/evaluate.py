@@ -58,9 +58,9 @@ def cache_config(policy_name: str, budget: int, recent: int, length: int, seed: 
 
 
 def check(config: EvalConfig, data: DataConfig) -> None:
-    """Raises ValueError, naming what is allowed, where the two together cannot be evaluated."""
+    """Raises ValueError, naming what is allowed, where the two together cannot be evaluated; asks no device."""
     problems = [] if config.tasks else [f"no task is named; known: {', '.join((*TASKS, *load.PARTS))}"]
-    problems += load.problems([t for t in config.tasks if t not in TASKS], _task_settings(config, None))
+    problems += load.problems([t for t in config.tasks if t not in TASKS], _task_settings(config, pathlib.Path()))
     problems += [f"unknown policy {p!r}; known: {', '.join(POLICIES)}" for p in config.policies if p not in POLICIES]
     if "oracle" in config.policies and (answered := [t for t in config.tasks if t not in TASKS]):
         problems.append(
@@ -142,7 +142,8 @@ def blocks(
             elif tokenizer is None:
                 problems.append(f"task {task!r} has text for answers, which needs the model's tokenizer")
             else:
-                settings, encode = _task_settings(config, output), functools.partial(tokenizer.encode, bos=False)
+                verdicts = (output or pathlib.Path()) / f"verdicts-{jax.process_index()}.jsonl"
+                settings, encode = _task_settings(config, verdicts), functools.partial(tokenizer.encode, bos=False)
                 for length in config.lengths if load.has_lengths(task) else (None,):
                     loaded = load.load(task, settings, encode, length or 0)
                     found.append(Answers(model, tokenizer, config, task, loaded, length))
@@ -153,14 +154,13 @@ def blocks(
     return found
 
 
-def _task_settings(config: EvalConfig, output: pathlib.Path | None) -> load.Settings:
-    verdicts = (output or pathlib.Path()) / f"verdicts-{jax.process_index()}.jsonl"
+def _task_settings(config: EvalConfig, verdicts: pathlib.Path) -> load.Settings:
     return load.Settings(config.source_of, config.judge_url, config.judge_model, verdicts, config.limit, config.seed)
 
 
 # Flags that stand in for a field of EvalConfig, by what the flag holds.
 LISTS = ("tasks", "policies", "budgets", "lengths", "sources")
-NUMBERS = ("seed", "samples", "limit", "batch_size", "max_new_tokens", "prefill_chunk")
+NUMBERS = ("seed", "samples", "limit", "batch_size", "max_new_tokens", "context", "prefill_chunk")
 REALS = ("temperature", "top_p")
 SWITCHES = ("query_aware",)
 

@@ -75,10 +75,11 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
+    context: int = 2**20  # tokens that it was made to read; nobody is held to it but benchmarks
     dtype: Literal["float32", "bfloat16"] = "float32"  # backbone weights, activations, cached keys and values
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_size", "mlp_width")
+        sizes = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_size", "mlp_width", "context")
         scaling = self.rope_scaling
         require(
             self,

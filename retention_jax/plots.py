@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +13,17 @@ from retention_jax.evaluation.rows import Row, lower_is_better, named, shown
 # Colours that the colour-blind can tell apart (Okabe & Ito, https://jfly.uni-koeln.de/color/); markers differ as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+LINES = ("-", "--", ":")
+
+
+def line_style(i: int) -> dict[str, Any]:
+    """Colour, marker and line of the i-th of up to 18 lines; no two are alike."""
+    again = i // len(COLORS)
+    return {
+        "color": COLORS[i % len(COLORS)],
+        "marker": MARKERS[(i + again) % len(MARKERS)],
+        "linestyle": LINES[again % len(LINES)],
+    }
 
 
 def quality(rows: Sequence[Row], path: str | os.PathLike) -> None:
@@ -81,8 +92,7 @@ def memory(rows: Sequence[Row], path: str | os.PathLike) -> None:
                 [row.kv_bytes / 2**20 for row in mine],
                 scores,
                 yerr=[below, above],
-                color="black" if i is None else COLORS[i % len(COLORS)],
-                marker="*" if i is None else MARKERS[i % len(MARKERS)],
+                **({"color": "black", "marker": "*"} if i is None else line_style(i)),
                 markersize=5,
                 capsize=2.5,
                 linewidth=1.6,
@@ -118,8 +128,7 @@ def _panel(axes: Axes, rows: Sequence[Row], policies: Sequence[str]) -> None:
             scores,
             yerr=[below, above],
             label=policy,
-            color=COLORS[i % len(COLORS)],
-            marker=MARKERS[i % len(MARKERS)],
+            **line_style(i),
             markersize=5,
             capsize=2.5,
             linewidth=1.6,

@@ -154,7 +154,11 @@ def most_in_a_head(cache: CacheConfig, kv_heads: int) -> int:
 
 
 def reserve(cache: CacheConfig) -> int:
-    """Entries of which every head keeps its best: min_per_head, and AdaKV's safeguard of 0.2 (arXiv 2407.11550)."""
+    """Entries of which every head keeps its best: min_per_head, and AdaKV's safeguard of 0.2 (arXiv 2407.11550).
+
+    As in kvpress, a head's safe fifth is taken first and the rest goes to the best. Its authors' code adds a fifth of
+    the budget to four fifths of what the head would win without a safeguard.
+    """
     return max(cache.min_per_head, cache.budget // 5 if cache.policy == "adakv" else 0)
 
 

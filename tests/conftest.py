@@ -1,4 +1,4 @@
-"""Strict settings for every test: CPU with 8 fake devices, no rank promotion.
+"""Strict settings for every test: CPU with 8 fake devices, no rank promotion, unoptimised programs.
 
 With RETENTION_JAX_TEST_DEVICE=1 the tests marked `device` run on the accelerator that JAX finds, and no others do.
 """
@@ -10,7 +10,12 @@ import pytest
 
 ON_DEVICE = os.environ.get("RETENTION_JAX_TEST_DEVICE") == "1"
 if not ON_DEVICE:
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    # Compiling is most of the time of most tests; without optimisations it takes a fifth.
+    xla_flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    xla_flags += " --xla_llvm_disable_expensive_passes=true"
+    if jax.__version_info__ < (0, 11):  # later ones have no such choice
+        xla_flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}"  # also for commands that tests start
     os.environ["JAX_PLATFORMS"] = "cpu"  # in commands that tests start
     jax.config.update("jax_platforms", "cpu")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -30,11 +35,3 @@ def free_programs():
     """Every compiled program maps memory, and a process may hold some 65,000 maps: above that XLA dies in mmap."""
     yield
     jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def compile_quickly():
-    """Compiling takes most of the time of many tests; unoptimised programs take half of it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

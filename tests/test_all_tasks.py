@@ -87,7 +87,7 @@ def evaluated(folder, monkeypatch):
 # ml_collections imports config files by a call that Python 3.12 deprecates.
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
-def test_all_tasks_from_command_to_rows(tmp_path, monkeypatch, compile_quickly):
+def test_all_tasks_from_command_to_rows(tmp_path, monkeypatch):
     output = evaluated(tmp_path, monkeypatch)
     found = {row.task: row for row in rows.load(output / "results.json")}
     assert list(found) == list(TASKS)

@@ -10,13 +10,13 @@ import pytest
 from helpers import assert_close, tiny_config, tiny_model, tokens_of
 
 import retention_jax as rj
-from retention_jax import cache, evaluate, policies
+from retention_jax import cache, evaluate, policies, selection
 from retention_jax.cache import Entries
 from retention_jax.config import CacheConfig, Policy
 from retention_jax.decoding import _outlook
 from retention_jax.kernels import key_products
 
-pytestmark = [pytest.mark.usefixtures("compile_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 B, K, G, E, Q, H = 2, 2, 2, 9, 5, 4
 
@@ -130,15 +130,48 @@ def test_the_prompt_outlives_every_random_draw():
 
 
 @pytest.mark.parametrize("layers, budget", ((1, 8), (2, 8), (5, 100), (36, 512)))
-def test_a_pyramid_gives_exactly_the_budget(layers, budget):
+def test_a_pyramid_gives_exactly_the_budget_in_even_steps(layers, budget):
     cfg = CacheConfig(budget=budget, policy="pyramidkv")
     seen = jnp.array([1, budget, budget + 3, 100 * budget])
     each = np.asarray(policies.pyramid(cfg, layers, seen))
     assert (each.sum(axis=1) == layers * budget).all() and (each[:2] == budget).all()
+    rest = budget - cfg.newest
     if layers > 1:
-        rest = budget - cfg.newest
         assert each[3, 0] > budget > each[3, -1] == cfg.newest + rest // 20
         assert each.max() <= policies.most_in_a_head(cfg, 2)
+        for row, count in zip(each, np.asarray(seen), strict=True):
+            # Section 4: from the first layer's share down to the last one's, which is a twentieth of the mean; no more
+            # for the first than there is, and the rest of it for the last.
+            first = np.clip(count - cfg.newest, rest, 2 * rest - rest // 20)
+            assert np.abs(row - cfg.newest - np.linspace(first, 2 * rest - first, layers)).max() < 1
+
+
+def test_adakv_shares_a_layers_budget_by_votes():
+    """A fifth of the budget is safe for each head; the heads of a layer compete for the rest of it."""
+    M, E, layers, heads = 10, 40, 3, 4
+    score = np.random.default_rng(7).random((layers, heads, E)) ** [[[1.0], [2.0], [4.0], [40.0]]]
+    want = np.zeros(score.shape, bool)
+    for of_layer, kept in zip(score, want, strict=True):
+        for of_head, safe in zip(of_layer, kept, strict=True):
+            safe[np.argsort(-of_head)[: M // 5]] = True
+        rest = np.where(kept, -1, of_layer).ravel()
+        kept.ravel()[np.argsort(-rest)[: heads * M - kept.sum()]] = True
+    flat = lambda a: jnp.asarray(a.reshape(1, -1))
+    pos, head = np.indices((layers * heads, E), np.int32)[::-1]
+    got = selection.choose(
+        CacheConfig(budget=M, policy="adakv"),
+        flat(score.astype(np.float32)),
+        flat(pos),
+        flat(head),
+        jnp.ones((1, score.size), bool),
+        jnp.array([E]),
+        layers * heads,
+        layers,
+        shared=0,
+    )
+    np.testing.assert_array_equal(np.asarray(got).reshape(score.shape), want)
+    counts = want.sum(axis=2)
+    assert (counts.sum(axis=1) == heads * M).all() and counts.min() == M // 5 and counts.max() > 1.5 * M
 
 
 MODEL = tiny_model()
@@ -217,8 +250,10 @@ def test_h2o_carries_the_sum_of_attention_rows():
     recent: list[list[int]] = [[] for _ in range(B)]
     take_in, append = jax.jit(cache.take_in), jax.jit(lambda *a: cache.evict_full(cache.append(*a)))
     for size, counts in ((5, (5, 2)), (5, (4, 0)), *[(1, (1, 1))] * 4, (1, (0, 1)), (5, (5, 3)), *[(1, (1, 1))] * 3):
-        take = lambda a, axis: np.stack([np.take(a[b], range(seen[b], seen[b] + size), axis) for b in range(B)])  # noqa: B023
         at = seen[:, None] + np.arange(size)
+        take = lambda a, axis, at=at: np.stack(
+            [np.take(of_row, here, axis) for of_row, here in zip(a, at, strict=True)]
+        )
         valid = np.arange(size)[None] < np.array(counts)[:, None]
         pos = np.broadcast_to(np.where(valid, at, -1)[:, None, None], (B, L, K, size)).astype(np.int32)
         keys, values = (jnp.asarray(take(a, 2), jnp.float32) for a in (k, v))
@@ -242,7 +277,7 @@ def test_h2o_carries_the_sum_of_attention_rows():
                                     visible, softmax(k[b, l, h, visible] @ q[b, l, t, n] / np.sqrt(H)), strict=True
                                 ):
                                     got[p] += a
-                        order = sorted(got, key=lambda p: (p < seen[b] - M // 2, -got[p]))  # noqa: B023
+                        order = sorted(got, key=lambda p, got=got, old=seen[b] - M // 2: (p < old, -got[p]))
                         pool[b][l][h] = {p: got[p] for p in sorted(order[:M])}
                 recent[b] = []
         for b in range(B):

@@ -29,7 +29,7 @@ def benchmark():
 
 
 @pytest.fixture
-def run(benchmark, tmp_path, compile_quickly):
+def run(benchmark, tmp_path):
     def run(command, *more):
         values = flags.FlagValues()
         benchmark.define_flags(values)

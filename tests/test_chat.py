@@ -6,7 +6,7 @@ import shutil
 import threading
 
 import pytest
-from text_helpers import TEMPLATE, save_tokenizer
+from text_helpers import TEMPLATE, make_tokenizer
 
 from retention_jax import chat, templates, tokenizer
 
@@ -24,9 +24,7 @@ needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="needs ../shared/data"
 
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return tokenizer.load(folder)
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -300,15 +298,14 @@ def test_bad_messages(tok, messages, options, message):
 
 
 def test_a_folder_without_a_template(tmp_path):
-    save_tokenizer(tmp_path, chat_template=None)
+    tok = make_tokenizer(tmp_path, chat_template=None)
     with pytest.raises(ValueError, match="has no chat template"):
-        chat.render(tokenizer.load(tmp_path), [USER], add_generation_prompt=True)
+        chat.render(tok, [USER], add_generation_prompt=True)
 
 
 def test_where_templates_come_from(tmp_path):
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
-    save_tokenizer(tmp_path, chat_template=named)
-    tok = tokenizer.load(tmp_path)
+    tok = make_tokenizer(tmp_path, chat_template=named)
     assert chat.render(tok, [USER], add_generation_prompt=True) == "plain"
     assert chat.render(tok, [USER], add_generation_prompt=True, tools=[TOOL]) == "tools"
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)

@@ -91,7 +91,7 @@ def test_the_run_does_not_grow_with_depth():
     assert lines(5) == lines(2)
 
 
-def test_a_run_of_tokens_is_one_dispatch(monkeypatch, compile_quickly):
+def test_a_run_of_tokens_is_one_dispatch(monkeypatch):
     calls = []
     run = decoding._decode_run
     monkeypatch.setattr(decoding, "_decode_run", lambda *args: calls.append(args[-1]) or run(*args))
@@ -101,7 +101,7 @@ def test_a_run_of_tokens_is_one_dispatch(monkeypatch, compile_quickly):
     assert len(out.tokens[0]) == 33 and calls == [16, 16]  # the first token comes out of the prompt
 
 
-def test_prompts_of_any_length_run_one_program(compile_quickly):
+def test_prompts_of_any_length_run_one_program():
     compiled = []
 
     def listen(event, duration_secs, **_):

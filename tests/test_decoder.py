@@ -24,9 +24,6 @@ GATES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_model(qk_norm=True, qkv_bias=True, output_bias=True, mlp_bias=True)

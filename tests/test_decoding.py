@@ -19,9 +19,6 @@ TIGHT = CacheConfig(budget=3, recent=4, prefill_chunk=5)
 HEADS = 4  # of the tiny model: 2 layers of 2
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()

@@ -18,8 +18,9 @@ import pytest
 from absl import flags
 from flax import nnx
 
-from retention_jax import config_io, distributed, train
-from retention_jax.config import TrainConfig
+from retention_jax import config_io, distributed, evaluate, train
+from retention_jax.config import DataConfig, EvalConfig, TrainConfig
+from retention_jax.evaluation import journal, rows
 from retention_jax.models import weights
 from retention_jax.models.gate import GateParam
 
@@ -199,3 +200,25 @@ def test_wrong_set_ups_are_one_error_before_the_model(folder, tmp_path, differs,
     told = (tmp_path / "log").read_text()
     assert re.search(message, told), told[-3000:]
     assert "training gates" not in told
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_sweep(folder, tmp_path):
+    output = tmp_path / "two"
+    python = [sys.executable, "-m", "retention_jax.evaluate", "--config=configs/recall.py"]
+    chosen = ["--policies=full,streaming", "--budgets=3", "--lengths=36", "--config.eval.seeds=3"]
+    small = ["--config.eval.recent=6", "--config.eval.examples=2", f"--config.backbone={folder / 'backbone'}"]
+    running = launch(tmp_path / "log", [*python, *chosen, *small, f"--output={output}"], devices=1)
+    assert running.wait(timeout=120) == 0, (tmp_path / "log").read_text()[-3000:]
+
+    units = [
+        [json.loads(line)["unit"] for line in (output / f"journal-{process}.jsonl").read_text().splitlines()[1:]]
+        for process in range(2)
+    ]
+    both = {journal.Unit(**unit) for of_process in units for unit in of_process}
+    assert list(map(len, units)) == [3, 3] and len(both) == 6  # two policies, three seeds: none twice
+    found = rows.load(output / "results.json")
+    config = EvalConfig(policies=("full", "streaming"), budgets=(3,), lengths=(36,), seeds=3, recent=6, examples=2)
+    alone = evaluate.run(weights.load(folder / "backbone", None, "float32"), config, DataConfig(), None)
+    measured = dict(seconds=0.0, tokens_per_second=0.0, peak_bytes=None)
+    assert [row._replace(**measured) for row in found] == [row._replace(**measured) for row in alone]

@@ -52,7 +52,7 @@ def evaluated(model, text, tmp_path_factory):
 
 
 def row(**changes):
-    one = Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 1, 1, 1.0, 9.0, None, {})
+    one = Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 1, 1, 1.0, 9.0, None, {}, 0)
     return one._replace(**changes)
 
 
@@ -187,6 +187,8 @@ def test_table_on_screen(evaluated):
         "random                               10.0 ± 2.0",
         "full cache               61.1 ± 1.0",
     ]
+    answers = row(seeds=1, n=20, cut=3)
+    assert "interval over 20 problems; 3 of 20 prompts were too long and are cut" in rows_lib.table([answers])
     alone = rows_lib.table(
         [
             row(task="text", metric="bits_per_byte", policy="full", seeds=1)._replace(

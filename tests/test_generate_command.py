@@ -25,9 +25,6 @@ ROWS: list[dict[str, Any]] = [{"id": f"r{i}", "prompt": "two plus" + " two" * i}
 ROWS.append({"messages": [{"role": "user", "content": "the lazy dog"}], "extra": {"é": [1, None]}})
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A backbone with its tokenizer, and gates in `gates`."""

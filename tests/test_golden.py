@@ -24,7 +24,6 @@ from retention_jax.models.gate import GateParam
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "shared" / "golden"
 pytestmark = [
-    pytest.mark.usefixtures("compile_quickly"),
     pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden runs are not at {GOLDEN}"),
 ]
 

@@ -14,8 +14,6 @@ from retention_jax.config import GateConfig, LossConfig
 from retention_jax.models import decoder
 from retention_jax.models.gate import GateParam
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def capacity(mass, segments, **changes):
     return float(

@@ -24,8 +24,6 @@ from retention_jax.kernels import ops
 from retention_jax.models import weights
 from retention_jax.models.gate import GateParam
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

@@ -22,8 +22,6 @@ from retention_jax.report import page, results
 from retention_jax.report import trace as trace_lib
 from retention_jax.report.trace import NEVER
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 T = 26
 NAMES = [f"t{i}" for i in range(T)]
 
@@ -155,7 +153,9 @@ class Reader(html.parser.HTMLParser):
 
 
 def row(**changes):
-    one = Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 2000, 9000, 1.0, 900.0, None, {})
+    one = Row(
+        "recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 2000, 9000, 1.0, 900.0, None, {}, 0
+    )
     return one._replace(**changes)
 
 

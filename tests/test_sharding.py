@@ -13,8 +13,6 @@ from retention_jax import sharding
 from retention_jax.models import gate_files, weights
 from retention_jax.models.gate import GateParam
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

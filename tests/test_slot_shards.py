@@ -23,8 +23,6 @@ from retention_jax.kernels import slot_shards
 from retention_jax.kernels.partial_softmax import Partial, merge
 from retention_jax.models import gate_files, weights
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 L, K, H = 2, 2, 4
 HEADS = L * K
 TINY = tiny_config(num_layers=L, num_kv_heads=K, head_size=H)

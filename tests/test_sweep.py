@@ -7,17 +7,19 @@ import pathlib
 import signal
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from helpers import tiny_model
-from text_helpers import save_tokenizer
+from text_helpers import make_tokenizer
 
-from retention_jax import evaluate, tokenizer
+from retention_jax import evaluate
 from retention_jax.config import DataConfig, EvalConfig
 from retention_jax.evaluation import devices, journal, prompts, rows, sweep
-from retention_jax.evaluation.answers import Answers
+from retention_jax.evaluation.answers import Answers, seed_of
 from retention_jax.evaluation.journal import Unit
-from retention_jax.tasks.example import Example, Task, Turn
+from retention_jax.tasks import text_metrics
+from retention_jax.tasks.example import Cut, Example, Task, Turn
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = EvalConfig(policies=("full", "streaming"), budgets=(6,), recent=4, batch_size=2, max_new_tokens=3)
@@ -46,13 +48,11 @@ TASK = Task(
 
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return tokenizer.load(folder)
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
-def model(compile_quickly):
+def model():
     return tiny_model(vocab_size=300)
 
 
@@ -76,7 +76,12 @@ def untimed(results):
 @pytest.mark.parametrize("chat", (True, False))
 def test_a_split_prompt_has_the_tokens_of_the_whole(tok, chat):
     of = lambda aware: prompts.of_task(
-        TASK._replace(chat=chat), tok, limit=None, query_aware=aware, template_kwargs={"enable_thinking": False}
+        TASK._replace(chat=chat),
+        tok,
+        limit=None,
+        query_aware=aware,
+        template_kwargs={"enable_thinking": False},
+        room=[999] * 5,
     )
     for split, whole, example in zip(of(False), of(True), TASK.examples, strict=True):
         assert whole.context == [] and split.context + split.turns[0] == whole.turns[0]
@@ -99,9 +104,44 @@ def test_a_split_prompt_has_the_tokens_of_the_whole(tok, chat):
 def test_a_token_of_both_goes_to_the_question(tok):
     example = Example("x", "what is t", (Turn("wo", ("",), 1),))
     task = Task((example,), "F1", score, False, "")
-    (prompt,) = prompts.of_task(task, tok, limit=None, query_aware=False, template_kwargs={})
+    (prompt,) = prompts.of_task(task, tok, limit=None, query_aware=False, template_kwargs={}, room=[99])
     assert prompt.context + prompt.turns[0] == tok.encode("what is two", bos=False)
     assert len(tok.encode(" two", bos=False)) == 1 and tok.decode(prompt.context) == "what is"
+
+
+TOLD = "one two three four five six seven eight nine ten. " * 4
+
+
+@pytest.mark.parametrize("chat", (True, False))
+@pytest.mark.parametrize("cut", get_args(Cut))
+def test_too_long_prompts_lose_what_their_authors_take(tok, chat, cut):
+    example = Example("x", TOLD, (Turn("what is two plus two?", ("",), 1, " It"), Turn("and the dog?", ("",), 1)))
+    task = Task((example, example), "F1", score, chat, "", cut)
+    of = lambda room: prompts.of_task(task, tok, limit=None, query_aware=False, template_kwargs={}, room=[999, room])
+    whole, same = of(999)
+    assert same == whole._replace(index=1, first_turn=2) and not same.cut
+    short = of(prompts.num_tokens(whole) - 30)[1]
+    assert (
+        short.cut and prompts.num_tokens(short) == prompts.num_tokens(whole) - 30 and short.turns[1:] == whole.turns[1:]
+    )
+    text = TOLD + example.turns[0].question if cut == "middle of prompt" else TOLD
+    ids = tok.encode(text, bos=False)
+    left = ids[: len(ids) - 30] if cut == "end of context" else text_metrics.truncated_middle(ids, len(ids) - 30)
+    said = tok.decode(left) + ("" if cut == "middle of prompt" else example.turns[0].question)
+    text = f"user\n{said}\nassistant\n It" if chat else f"{said} It"
+    assert tok.decode(short.context + short.turns[0]) == text
+    with pytest.raises(ValueError, match="'x': no room for a prompt of .* tokens, even without its " + cut):
+        of(5)
+
+
+def test_prompts_that_nobody_may_cut_are_refused(model, tok):
+    config = dataclasses.replace(CONFIG, context=70)
+    assert (
+        Answers(model, tok, config, "made", TASK._replace(cut="middle of context"), None).cut == 2
+    )  # e4 lacks room to answer
+    told = r"'made': 1 of 5 prompts are longer than the context of 70 tokens, 'e3' has 85; its authors"
+    with pytest.raises(ValueError, match=told):
+        Answers(model, tok, config, "made", TASK, None)
 
 
 def test_rows_of_answers_by_hand(model, tok, tmp_path):
@@ -127,7 +167,7 @@ def test_rows_of_answers_by_hand(model, tok, tmp_path):
 
 
 def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
-    sampled = dataclasses.replace(CONFIG, policies=("streaming",), samples=2, temperature=5.0)
+    sampled = dataclasses.replace(CONFIG, policies=("random_keep_prompt",), samples=2, temperature=5.0)
     texts = []
     for name, size in (("a", 2), ("b", 1)):
         evaluated(model, tok, dataclasses.replace(sampled, batch_size=size), tmp_path / name)
@@ -135,6 +175,10 @@ def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
         texts.append({(u.seed, a["example"], a["turn"]): a["text"] for u, r in done.items() for a in r["answers"]})
     assert texts[0] == texts[1]
     assert any(texts[0][0, f"e{i}", 0] != texts[0][1, f"e{i}", 0] for i in range(5))
+
+
+def test_no_two_samples_have_one_seed():
+    assert len({seed_of(seed, sample) for seed in range(50) for sample in range(50)}) == 2500
 
 
 def test_what_is_done_is_not_done_again(model, tok, tmp_path, monkeypatch):
@@ -196,7 +240,7 @@ from retention_jax.evaluation.journal import Journal
 write, units = Journal.write, []
 
 def until_killed(book, unit, result):
-    if len(units) == 4:
+    if len(units) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     units.append(unit)
     write(book, unit, result)
@@ -207,21 +251,21 @@ test_sweep.sweep_streams(pathlib.Path(sys.argv[1]))
 
 
 def sweep_streams(output):
-    config = EvalConfig(policies=("full", "streaming", "random"), budgets=(3,), lengths=(36,), recent=6, examples=2)
+    config = EvalConfig(policies=("full", "oracle"), budgets=(3,), lengths=(36,), recent=6, examples=2)
     return evaluate.run(tiny_model(vocab_size=64), config, DataConfig(), output)
 
 
-def test_a_killed_sweep_goes_on(tmp_path, compile_quickly):
+def test_a_killed_sweep_goes_on(tmp_path):
     path = tmp_path / "killed" / "journal-0.jsonl"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(path.parent)], cwd=ROOT, env=environment)
     assert process.wait() == -signal.SIGKILL
     before = path.read_bytes()
-    assert before.count(b"\n") == 1 + 4
+    assert before.count(b"\n") == 1 + 7
     again, whole = sweep_streams(path.parent), sweep_streams(tmp_path / "whole")
     assert [r.score for r in again] == [r.score for r in whole]
     after = path.read_bytes()
-    assert after.startswith(before) and after.count(b"\n") == 1 + 3 * 5
+    assert after.startswith(before) and after.count(b"\n") == 1 + 2 * 5
     header = json.loads(after.splitlines()[0])["fingerprint"]
     read = lambda folder: untimed(journal.read(folder, header))
     assert read(path.parent) == read(tmp_path / "whole")

@@ -11,7 +11,6 @@ from retention_jax import sharding
 
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 pytestmark = [
-    pytest.mark.usefixtures("compile_quickly"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of transformers, about its own arguments' names
 ]
 

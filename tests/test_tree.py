@@ -29,6 +29,7 @@ LAYERS = (
         "distributed",
         "tokenizer",
         "templates",
+        "worker_process",
         "chat",
     ),
     ("kernels", "policies", "sampling"),

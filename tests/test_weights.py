@@ -51,9 +51,6 @@ def assert_same(got: Decoder, want: Decoder, kind: type[nnx.Variable]) -> None:
         assert a.dtype == b.dtype and np.asarray(a[...]).tobytes() == np.asarray(b[...]).tobytes(), path
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture
 def folders(tmp_path):
     """A saved backbone, its saved gates."""
@@ -298,7 +295,8 @@ def test_unsupported_features_are_named(folders, changes, message):
                     factor=4.0,
                     original_length=8,
                     attention_factor=(0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1),
-                )
+                ),
+                context=32,
             ),
         ),
         (
@@ -318,6 +316,7 @@ def test_unsupported_features_are_named(folders, changes, message):
                     short_factor=(1.0, 2.0),
                     long_factor=(3.0, 4.0),
                 ),
+                context=64,
             ),
         ),
         (dict(tie_word_embeddings=True), dict(tie_embeddings=True)),

@@ -8,6 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import tokenizers
 
+from retention_jax import tokenizer
+
 TEXT = ("the quick brown fox jumps over the lazy dog", "what is two plus two? two plus two is four.")
 
 # Like Qwen3's: the last turn has thinking, empty or not; earlier ones lose it; thinking can be switched off.
@@ -49,6 +51,12 @@ def save_tokenizer(folder: pathlib.Path, **config: Any) -> tokenizers.Tokenizer:
     values = {"eos_token": "<|end|>", "chat_template": TEMPLATE, **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     return backend
+
+
+def make_tokenizer(folder: pathlib.Path, **config: Any) -> tokenizer.Tokenizer:
+    """The tokenizer that `save_tokenizer` saves, loaded from its folder."""
+    save_tokenizer(folder, **config)
+    return tokenizer.load(folder)
 
 
 def write_rows(path: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Path:

@@ -12,7 +12,7 @@ from retention_jax import decoding
 from retention_jax.config import CacheConfig, EvalConfig
 from retention_jax.evaluation import devices, prompts
 from retention_jax.evaluation.journal import Result, Unit
-from retention_jax.evaluation.prompts import Prompt
+from retention_jax.evaluation.prompts import Prompt, num_tokens
 from retention_jax.evaluation.rows import Row, interval
 from retention_jax.evaluation.streams import full_kv_bytes
 from retention_jax.models.decoder import Decoder
@@ -28,17 +28,35 @@ class Answers:
     def __init__(
         self, model: Decoder, tokenizer: Tokenizer, config: EvalConfig, name: str, task: Task, length: int | None
     ) -> None:
-        """`length` is what the task was made for; None: the longest prompt's. Raises ValueError as `of_task` does."""
+        """`length` is what the task was made for; None: the longest prompt's.
+
+        Raises:
+          ValueError: as `of_task` does, and when prompts are longer than the context and the task does not cut them.
+        """
         kwargs = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
-        found = prompts.of_task(
-            task, tokenizer, limit=config.limit, query_aware=config.query_aware, template_kwargs=kwargs
-        )
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.task, self.definition = name, task
         self.new_tokens = [
             tuple(config.max_new_tokens or turn.max_new_tokens for turn in example.turns)
             for example in task.examples[: config.limit]
         ]
+        context = config.context or model.config.context
+        found = prompts.of_task(
+            task,
+            tokenizer,
+            limit=config.limit,
+            query_aware=config.query_aware,
+            template_kwargs=kwargs,
+            room=[context - sum(new) for new in self.new_tokens],
+        )
+        if too_long := [p for p in found if num_tokens(p) > context]:
+            most = max(too_long, key=num_tokens)
+            raise ValueError(
+                f"task {name!r}: {len(too_long)} of {len(found)} prompts are longer than the context of {context} "
+                f"tokens, {task.examples[most.index].name!r} has {num_tokens(most)}; its authors do not cut them, "
+                "so only another --context lets them pass"
+            )
+        self.cut = sum(prompt.cut for prompt in found)
         self.batches = prompts.batches(found, self.new_tokens, config.batch_size)
         longest = max(len(p.context) + len(p.turns[0]) for p in found)
         self.length = longest if length is None else length
@@ -86,7 +104,7 @@ class Answers:
                 max_new_tokens=max_new_tokens,
                 temperature=self.config.temperature,
                 top_p=self.config.top_p,
-                seed=self.config.seed + sample,
+                seed=seed_of(self.config.seed, sample),
                 stop_tokens=self.tokenizer.stop_tokens,
                 row_ids=[prompt.first_turn + turn for prompt in batch],
                 buffer=buffer,
@@ -147,14 +165,20 @@ class Answers:
             tokens_per_second=sum(answer["tokens"] for answer in answers) / seconds,
             peak_bytes=devices.most(r["peak_bytes"] for r in results.values()),
             groups={name: float(np.mean(found)) for name, found in sorted(groups.items())},
+            cut=self.cut,
         )
+
+
+def seed_of(seed: int, sample: int) -> int:
+    """What a sample's draws start from. The sum of the two would give runs with other seeds the same samples."""
+    return int(np.random.SeedSequence((seed, sample)).generate_state(1)[0])
 
 
 def _most_tokens(prompt: Prompt, new_tokens: tuple[int, ...]) -> int:
     """Tokens that a prompt with all its answers can have."""
-    return len(prompt.context) + sum(map(len, prompt.turns)) + sum(new_tokens) + len(new_tokens)
+    return num_tokens(prompt) + sum(new_tokens) + len(new_tokens)
 
 
 def _tokens_seen(prompt: Prompt, answers: Sequence[Sequence[int]]) -> int:
     """Tokens that a prompt with its answers had; those between turns that one may stand for are counted twice."""
-    return len(prompt.context) + sum(map(len, prompt.turns)) + sum(map(len, answers))
+    return num_tokens(prompt) + sum(map(len, answers))

@@ -1,10 +1,11 @@
 """Examples of a task as tokens: what is read before an eviction that does not know the question, and what after."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from retention_jax import chat
-from retention_jax.tasks.example import Example, Task
+from retention_jax.tasks.example import Cut, Example, Task
+from retention_jax.tasks.text_metrics import truncated_middle
 from retention_jax.tokenizer import Tokenizer
 
 _PLACEHOLDER = "\ue000user\ue001"  # private-use characters: in no question and in no template
@@ -18,10 +19,22 @@ class Prompt(NamedTuple):
     context: list[int]  # () where nothing is read before the question is known
     turns: list[list[int]]  # of each turn: its question, what opens the answer, and the answer's given beginning
     closing: bool  # whether a later turn's tokens begin with what ends the answer before it
+    cut: bool  # whether something was taken out, as the task's authors do with prompts that are too long
+
+
+def num_tokens(prompt: Prompt) -> int:
+    """Tokens of context and turns, without answers."""
+    return len(prompt.context) + sum(map(len, prompt.turns))
 
 
 def of_task(
-    task: Task, tokenizer: Tokenizer, *, limit: int | None, query_aware: bool, template_kwargs: dict[str, Any]
+    task: Task,
+    tokenizer: Tokenizer,
+    *,
+    limit: int | None,
+    query_aware: bool,
+    template_kwargs: dict[str, Any],
+    room: Sequence[int],
 ) -> list[Prompt]:
     """The prompts of a task's first `limit` examples.
 
@@ -31,17 +44,24 @@ def of_task(
       limit: None for all.
       query_aware: whether the context is read together with the first question.
       template_kwargs: further variables of the template.
+      room: tokens that each prompt may have, all turns together; longer ones are cut where the task says how.
 
     Raises:
-      ValueError: as `chat.render` does, and when the template changes what the user says.
+      ValueError: as `chat.render` does, when the template changes what the user says, and when a prompt has no room
+        for what must stay of it.
     """
     templated = task.chat and "default" in tokenizer.chat_templates
     prompts, first_turn = [], 0
     around = _around(tokenizer, template_kwargs) if templated else ("", "")
+    first = lambda example: _first(example, tokenizer, templated, around, template_kwargs)
     for index, example in enumerate(task.examples[:limit]):
-        tokens, split = _first(example, tokenizer, templated, around, template_kwargs)
-        split = 0 if query_aware else split
         later = [_later(example, turn, tokenizer, templated, template_kwargs) for turn in range(1, len(example.turns))]
+        tokens, split = first(example)
+        left = room[index] - sum(len(turn) for turn, _ in later)
+        cut = task.cut if len(tokens) > left else None
+        if cut is not None:
+            tokens, split = _shortened(example, cut, left, tokenizer, first)
+        split = 0 if query_aware else split
         prompts.append(
             Prompt(
                 index=index,
@@ -49,10 +69,36 @@ def of_task(
                 context=tokens[:split],
                 turns=[tokens[split:], *(turn for turn, _ in later)],
                 closing=any(closing for _, closing in later),
+                cut=cut is not None,
             )
         )
         first_turn += len(example.turns)
     return prompts
+
+
+def _shortened(
+    example: Example, cut: Cut, most: int, tokenizer: Tokenizer, first: Callable[[Example], tuple[list[int], int]]
+) -> tuple[list[int], int]:
+    """What `first` makes of an example without so much of its text that it has at most `most` tokens."""
+    (turn, *later), context = example.turns, example.context
+    text = context + turn.question if cut == "middle of prompt" else context
+    offsets = tokenizer.backend.encode(text, add_special_tokens=False).offsets
+    tokens, split = first(example)
+    keep = len(offsets)
+    while len(tokens) > most:  # texts that were apart may become more tokens together
+        keep -= len(tokens) - most
+        if keep < 2:
+            raise ValueError(f"{example.name!r}: no room for a prompt of {most} tokens, even without its {cut}")
+        kept = list(range(keep)) if cut == "end of context" else truncated_middle(range(len(offsets)), keep)
+        # Cut as text, so that nothing else of it changes: [start, stop) is taken out.
+        before = keep if cut == "end of context" else keep // 2
+        start = offsets[kept[before - 1]][1]
+        stop = len(text) if cut == "end of context" else offsets[kept[before]][0]
+        at = lambda place: max(place - len(context), 0)
+        question = turn.question[: at(start)] + turn.question[at(stop) :]
+        asked = turn._replace(question=question)
+        tokens, split = first(example._replace(context=context[:start] + context[stop:], turns=(asked, *later)))
+    return tokens, split
 
 
 def _around(tokenizer: Tokenizer, template_kwargs: dict[str, Any]) -> tuple[str, str]:

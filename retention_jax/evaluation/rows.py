@@ -35,6 +35,7 @@ class Row(NamedTuple):
     tokens_per_second: float  # tokens read (streams) or written (answers), in those seconds
     peak_bytes: int | None  # most memory of one device until then, since the process began; None where jax cannot tell
     groups: dict[str, float]  # mean score of each group of problems; {} where a task has no groups
+    cut: int  # problems whose prompts were too long for the model and were cut as the task's authors do
 
 
 _BITS = ("bits_per_byte", "perplexity")
@@ -80,7 +81,8 @@ def table(rows: Sequence[Row]) -> str:
     for policy in dict.fromkeys(row.policy for row in rows if row.policy != "full"):
         lines.append((policy, *(found.get((policy, budget), "") for budget in budgets)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [f"{first.task}, {first.length} tokens: {named(first.metric)}{_spread(first)}"]
+    cut = f"; {first.cut} of {first.n} prompts were too long and are cut" if first.cut else ""
+    text = [f"{first.task}, {first.length} tokens: {named(first.metric)}{_spread(first)}{cut}"]
     if budgets:
         text += ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
     text += [f"{'full cache'.ljust(widths[0])}  {_cell(row)}" for row in rows if row.policy == "full"]

@@ -149,21 +149,30 @@ class Streams:
     def results(
         self, units: Sequence[Unit], cache_of: Callable[[str, int, int], CacheConfig]
     ) -> Iterator[tuple[Unit, Result]]:
-        """Scores the units, in order, each when it is asked for."""
-        cells = dict.fromkeys((unit.policy, unit.budget) for unit in units)
+        """Scores the units, cell by cell (policy and budget), each unit when it is asked for."""
+        cells: dict[tuple[str, int], list[Unit]] = {}
+        for unit in units:
+            cells.setdefault((unit.policy, unit.budget), []).append(unit)
         caches = [None if cell[0] == "full" else cache_of(*cell, self.length) for cell in cells]
         compiled = functools.partial(compile_scorer, self.model, self.tokens[0])
-        # Compiling takes longer than running for a small model, and uses one core; several at once use all.
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            scorers = dict(zip(cells, pool.map(compiled, caches), strict=True))
-        for unit in units:
-            tokens, label_mask = (a[unit.seed - self.config.seed] for a in (self.tokens, self.label_mask))
-            started = time.perf_counter()
-            scores, kv_bytes = scorers[unit.policy, unit.budget](tokens)
-            seconds = time.perf_counter() - started
-            best, log_prob = np.asarray(scores.best), np.asarray(scores.log_prob)
-            score = self._score(best, log_prob, tokens, label_mask)
-            yield unit, {"score": score, "kv_bytes": kv_bytes, "seconds": seconds, "peak_bytes": devices.peak_bytes()}
+        # Compiling takes longer than running for a small model, and uses one core: as many cells as there are cores
+        # compile at once, and then run by themselves, so that their speed is their own.
+        cores = os.cpu_count() or 1
+        with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+            for first in range(0, len(cells), cores):
+                scorers = list(pool.map(compiled, caches[first : first + cores]))
+                for scorer, of_cell in zip(scorers, list(cells.values())[first : first + cores], strict=True):
+                    for unit in of_cell:
+                        yield unit, self._result(scorer, unit)
+
+    def _result(self, scorer: Scorer, unit: Unit) -> Result:
+        tokens, label_mask = (a[unit.seed - self.config.seed] for a in (self.tokens, self.label_mask))
+        started = time.perf_counter()
+        scores, kv_bytes = scorer(tokens)
+        seconds = time.perf_counter() - started
+        best, log_prob = np.asarray(scores.best), np.asarray(scores.log_prob)
+        score = self._score(best, log_prob, tokens, label_mask)
+        return {"score": score, "kv_bytes": kv_bytes, "seconds": seconds, "peak_bytes": devices.peak_bytes()}
 
     def _score(
         self,
@@ -202,4 +211,5 @@ class Streams:
             tokens_per_second=self.tokens.size / seconds,
             peak_bytes=devices.most(r["peak_bytes"] for r in results.values()),
             groups={},
+            cut=0,
         )

@@ -152,12 +152,13 @@ def extend(
     valid: Bool[Array, "B T"],
     buffer: Buffer,
     length: Int[Array, " B"] | None = None,
+    queries: int | None = None,
 ) -> tuple[Float[Array, "B T D"], Entries, Float[Array, "B L Q N H"] | None]:
     """Reads new tokens on top of the buffer, with ordinary attention over pool, recent window and themselves.
 
     `valid` marks real tokens, which come first in each row. Returns final hidden states (normed; anything at padding)
-    the new entries [B, L, K, T, ...] for the cache to take in, and each row's newest queries, as many as the cache's
-    policy wants (None where it wants none; the first Q where a row has no more). The buffer itself is only read.
+    the new entries [B, L, K, T, ...] for the cache to take in, and each row's `queries` newest queries, by default as
+    many as the cache's policy wants (None for 0; the first Q where a row has no more). The buffer itself is only read.
 
     `length` is how many tokens each row has once the prompt is read whose part this is, by default once these tokens
     are, and then they are no prompt: longrope turns all of a long prompt by its factors for long sequences, also in
@@ -168,7 +169,7 @@ def extend(
     length = buffer.seen + valid.sum(axis=1, dtype=jnp.int32) if length is None else length
     pos = buffer.seen[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     turn = rope.rotation(pos, length[:, None], cfg)
-    wanted = policies.queries_kept(buffer.config, tokens.shape[1])
+    wanted = policies.queries_kept(buffer.config, tokens.shape[1]) if queries is None else queries
     first = jnp.maximum(valid.sum(axis=1, dtype=jnp.int32) - wanted, 0)
 
     def layer_step(x, scanned):

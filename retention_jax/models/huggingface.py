@@ -123,6 +123,7 @@ def model_config(raw: dict[str, Any], dtype: str, *, where: str | os.PathLike) -
         "output_bias": bias and not family.qkv_bias,
         "mlp_bias": raw.get("mlp_bias", False),
         "tie_embeddings": raw.get("tie_word_embeddings", False),
+        **_context(raw, rope["rope_scaling"]),
         "dtype": dtype,
         **rope,
         **sliding,
@@ -139,6 +140,9 @@ def _not_implemented(raw: dict[str, Any], family: Family | None) -> list[str]:
         for name in sizes
         if name in raw and (type(raw[name]) is not int or raw[name] < 1)
     ]
+    longest = raw.get("max_position_embeddings")
+    if longest is not None and (type(longest) is not int or longest < 1):
+        problems.append(f"max_position_embeddings must be a whole number above 0, got {longest!r}")
     problems += [f"{field} {raw[field]}" for field in ("quantization_config", "use_mrope") if raw.get(field)]
     if raw.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act {raw['hidden_act']!r} (known: silu)")
@@ -226,6 +230,17 @@ def _attention_factor(kind: str, rope: dict[str, Any], original: int, longest: A
     return grown(1)
 
 
+def _context(raw: dict[str, Any], scaling: dict[str, Any] | None) -> dict[str, int]:
+    """How many tokens a config.json says that the model reads, {} where it does not.
+
+    With yarn the number beside it may be that of pretraining (Qwen2.5) or already the longer one (DeepSeek).
+    """
+    longest = raw.get("max_position_embeddings")
+    if scaling is not None and scaling["kind"] == "yarn":
+        longest = max(longest or 0, int(scaling["factor"] * scaling["original_length"]))
+    return {} if longest is None else {"context": longest}
+
+
 def _sliding(raw: dict[str, Any], family: Family, problems: list[str]) -> dict[str, Any]:
     """The fields of `ModelConfig` about sliding windows; adds to `problems`."""
     window, types, depth = raw.get("sliding_window"), raw.get("layer_types"), raw.get("num_hidden_layers")
@@ -285,7 +300,7 @@ def model_config_json(cfg: ModelConfig) -> dict[str, Any]:
         "rope_theta": cfg.rope_theta,
         "rms_norm_eps": cfg.norm_eps,
         "tie_word_embeddings": cfg.tie_embeddings,
-        "max_position_embeddings": 1 << 20,
+        "max_position_embeddings": cfg.context,
         "torch_dtype": cfg.dtype,
     }
     if family.attention_bias:

@@ -1,7 +1,7 @@
 """What a benchmark is made of: texts to read, questions to answer, and a score for each answer."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Turn(NamedTuple):
@@ -22,6 +22,11 @@ class Example(NamedTuple):
     group: str = ""  # what its scores are also averaged over, such as a domain or a difficulty
 
 
+# What is taken out of a prompt that is too long for a model: tokens from the middle of context and first question
+# together, from the middle of the context, or from its end.
+Cut = Literal["middle of prompt", "middle of context", "end of context"]
+
+
 class Task(NamedTuple):
     """A benchmark, ready to run."""
 
@@ -30,3 +35,4 @@ class Task(NamedTuple):
     score: Callable[[Example, int, str], float]  # of the answer to a turn, by its index: 0 (wrong) to 1
     chat: bool  # whether context and question are what a user says, in the model's chat template, where it has one
     source: str  # where prompts and metric were published
+    cut: Cut | None = None  # as published; None: nothing is, and a prompt that is too long is refused

@@ -169,7 +169,8 @@ def load(name: str, source: str) -> Task:
         golds = example.turns[turn].gold
         return max(_SCORES[task.metric](answer, gold, classes[example.name]) for gold in golds)
 
-    return Task(examples, task.metric, score, plain not in _NO_CHAT, "arXiv 2308.14508, github.com/THUDM/LongBench")
+    published = "arXiv 2308.14508, github.com/THUDM/LongBench"
+    return Task(examples, task.metric, score, plain not in _NO_CHAT, published, "middle of prompt")
 
 
 def _problems(row: dict[str, Any], metric: str) -> list[str]:

@@ -45,7 +45,8 @@ def load(name: str, source: str) -> Task:
     )
     if not examples:
         raise ValueError(f"{source}: none of {len(rows)} questions is {name!r}")
-    return Task(examples, "accuracy", _score, True, "arXiv 2412.15204, github.com/THUDM/LongBench")
+    published = "arXiv 2412.15204, github.com/THUDM/LongBench"
+    return Task(examples, "accuracy", _score, True, published, "middle of prompt")
 
 
 def choice(answer: str) -> str | None:

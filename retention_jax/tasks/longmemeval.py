@@ -111,7 +111,8 @@ def load(name: str, source: str, ask: Callable[[str], str]) -> Task:
         prompt = judge_prompt(kind, question, example.turns[turn].gold[0], answer, _ABSTENTION in example.name)
         return float("yes" in ask(prompt).lower())
 
-    return Task(examples, "accuracy", score, True, "arXiv 2410.10813, github.com/xiaowu0162/LongMemEval")
+    published = "arXiv 2410.10813, github.com/xiaowu0162/LongMemEval"
+    return Task(examples, "accuracy", score, True, published, "end of context")
 
 
 def history(dates: list[str], sessions: list[list[dict[str, Any]]]) -> str:

@@ -5,7 +5,6 @@ math500   hf://datasets/HuggingFaceH4/MATH-500/test.jsonl
 aime      hf://datasets/HuggingFaceH4/aime_2024/data/*.parquet, hf://datasets/MathArena/aime_2025/data/*.parquet
 """
 
-import atexit
 from typing import Any
 
 from retention_jax.data import sources
@@ -15,9 +14,6 @@ from retention_jax.tasks.example import Example, Task, Turn
 # The model cards of Qwen3 and DeepSeek-R1 ask for this sentence in the prompt of a maths problem.
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 NAMES = ("gsm8k", "math500", "aime")
-
-_checker = math_answers.Checker()  # one process for all tasks, started by the first comparison
-atexit.register(_checker.close)
 
 
 def load(name: str, source: str, *, max_new_tokens: int) -> Task:
@@ -49,7 +45,7 @@ def load(name: str, source: str, *, max_new_tokens: int) -> Task:
 
 
 def _score(example: Example, turn: int, answer: str) -> float:
-    return float(any(_checker.is_right(answer, gold) for gold in example.turns[turn].gold))
+    return float(any(math_answers.is_right(answer, gold) for gold in example.turns[turn].gold))
 
 
 def _example(name: str, number: int, row: dict[str, Any], max_new_tokens: int) -> Example:

@@ -99,7 +99,7 @@ def load(name: str, source: str, mode: str) -> Task:
         return _SCORES[kinds[example.name][turn]](answer, example.turns[turn].gold)
 
     source = "arXiv 2412.10319, github.com/microsoft/MInference"
-    return Task(tuple(examples), _SUB_TASKS[name].metric, score, True, source)
+    return Task(tuple(examples), _SUB_TASKS[name].metric, score, True, source, "middle of context")
 
 
 def _context(name: str, row: dict[str, Any], mode: str) -> str:

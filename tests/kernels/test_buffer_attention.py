@@ -54,12 +54,13 @@ def test_by_hand(op):
 
 # Fewer cases than for plain XLA below: an interpreted kernel is slow.
 @everyone
-@pytest.mark.parametrize("T, groups, kind", [(1, 1, "ragged"), (1, 8, "empty heads"), (7, 3, "one owns all")])
+@pytest.mark.parametrize("T, groups, kind", [(1, 1, "ragged"), (1, 8, "empty heads"), (3, 3, "one owns all")])
 def test_equals_a_dense_softmax(op, T, groups, kind):
     x = make(0, kind, T, groups, (-2, 1, R + 3))
-    np.testing.assert_allclose(attend(op, x), dense(x), rtol=2e-5, atol=2e-5)
+    out = attend(op, x)
+    np.testing.assert_allclose(out, dense(x), rtol=2e-5, atol=2e-5)
     # Rows of a head, of others, and what no head holds.
-    np.testing.assert_array_equal(attend(op, with_other_slots(x, 1e4)), attend(op, x))
+    np.testing.assert_array_equal(attend(op, with_other_slots(x, 1e4)), out)
 
 
 @everyone
