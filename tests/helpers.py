@@ -1,6 +1,7 @@
 """Tiny models, and the buffer written a second time as plain loops and sorts, to compare the package with."""
 
 import math
+import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +17,12 @@ from retention_jax.model_config import ModelConfig
 from retention_jax.models import gate_files
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """For commands that tests start: with one device, unlike the tests themselves, and as quick to compile."""
+    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return {**os.environ, "XLA_FLAGS": " ".join(kept), **changes}
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

@@ -4,7 +4,6 @@ A batch is a story of steps; in each, every row takes in some tokens of its own,
 values are noise, so that a moved or changed one is seen, and padding is nan.
 """
 
-import functools
 import itertools
 
 import jax
@@ -47,16 +46,12 @@ def strict_promotion():
         yield
 
 
-# One program for each configuration and chunk: not optimising them saves half of this file's time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@jit
+@jax.jit
 def take_in(buffer, new, valid):
     return cache.take_in(buffer, new, valid)
 
 
-@jit
+@jax.jit
 def take_token(buffer, new, active):
     return cache.evict_full(cache.append(buffer, new, active))
 
@@ -257,7 +252,7 @@ def test_evicting_again_changes_nothing(options):
     *_, buffer = Story(7, B, [("read", 9)] * 2 + [("token", 1)] * 3, quiet=-1.0).tell(cfg)
     nothing = jnp.zeros((B, cfg.recent), bool)
 
-    @jit
+    @jax.jit
     def ways(buffer):
         yet_unread = Entries(*buffer.recent)._replace(pos=-buffer.recent.pos)
         forced = cache._merge(

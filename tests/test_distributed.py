@@ -129,8 +129,9 @@ def command(folder: pathlib.Path, **changes) -> list[str]:
 def launch(log: pathlib.Path, command: list[str], restarts: int = 0, devices: int = 4) -> subprocess.Popen:
     launcher = [sys.executable, "launch/local.py", f"--devices_per_process={devices}", f"--max_restarts={restarts}"]
     with log.open("w") as out:
-        environment = {**os.environ, "XLA_FLAGS": ""}
-        return subprocess.Popen([*launcher, "--", *command], cwd=ROOT, stdout=out, stderr=out, env=environment)
+        # A second start need not compile again.
+        env = helpers.environment(JAX_ENABLE_COMPILATION_CACHE="true", XDG_CACHE_HOME=str(log.parent / "cache"))
+        return subprocess.Popen([*launcher, "--", *command], cwd=ROOT, stdout=out, stderr=out, env=env)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
 import importlib.util
 import itertools
 import json
-import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import helpers
 import pytest
 from absl import flags
 
@@ -90,12 +90,8 @@ def test_commands_exist(name):
 def test_runs_from_top_to_bottom(name, tmp_path):
     script = tmp_path / "notebook.py"
     script.write_text(with_fields("\n\n".join(cells(name, "code")), **SMALL[name]), encoding="utf-8")
-    env = {
-        **os.environ,
-        "MPLBACKEND": "Agg",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes most of the time
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",  # so that `your_checkpoint` has a mesh to use
-    }
+    env = helpers.environment(MPLBACKEND="Agg")
+    env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"  # so that `your_checkpoint` has a mesh to use
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "jax" in done.stdout

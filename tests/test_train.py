@@ -191,9 +191,8 @@ def start(folders, workdir: pathlib.Path) -> subprocess.Popen:
     }
     command = [sys.executable, "-m", "retention_jax.train", "--config=configs/recall.py", f"--workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in flags.items()]
-    environment = {**os.environ, "XLA_FLAGS": ""}  # one device: the mesh of a command has all there are
     with workdir.with_suffix(".log").open("a") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=helpers.environment())
 
 
 @pytest.mark.slow

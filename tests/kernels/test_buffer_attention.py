@@ -31,7 +31,9 @@ KERNELS: dict[str, Any] = {
     "tpu": buffer_attention_tpu.buffer_attention,
     "triton": TRITON,
 }
-everyone = pytest.mark.parametrize("op", [*KERNELS.values()], ids=KERNELS)
+# Interpreted Triton takes long, and does not depend on the version of jax.
+PARAMS = [pytest.param(op, id=name, marks=[pytest.mark.slow] * (name == "triton")) for name, op in KERNELS.items()]
+everyone = pytest.mark.parametrize("op", PARAMS)
 
 
 @everyone

@@ -17,8 +17,10 @@ from retention_jax.kernels.blocks import MassBlocks
 # Eight rows of 128 tokens are the smallest chunk: 1500 tokens are two, the second not full.
 TPU = partial(retention_mass_tpu.retention_mass, blocks=MassBlocks(rows=8))
 KERNELS = {"xla": retention_mass_xla.retention_mass, "tpu": TPU, "triton": retention_mass_triton.retention_mass}
-every_kernel = pytest.mark.parametrize("op", KERNELS.values(), ids=KERNELS)
-everyone = pytest.mark.parametrize("op", [reference.retention_mass, *KERNELS.values()], ids=["reference", *KERNELS])
+# Interpreted Triton takes long, and does not depend on the version of jax.
+PARAMS = [pytest.param(op, id=name, marks=[pytest.mark.slow] * (name == "triton")) for name, op in KERNELS.items()]
+every_kernel = pytest.mark.parametrize("op", PARAMS)
+everyone = pytest.mark.parametrize("op", [pytest.param(reference.retention_mass, id="reference"), *PARAMS])
 
 
 @everyone
