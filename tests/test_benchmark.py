@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from absl import app, flags, logging
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 SHAPE = ("--layers=2", "--width=32", "--heads=4", "--kv_heads=2", "--head_size=8", "--vocab=64", "--gate_width=16")
 SIZES = ("--contexts=24", "--budgets=8", "--recent=4", "--chunk=16", "--new_tokens=7", "--repeats=1")

@@ -21,6 +21,8 @@ from retention_jax.config import DataConfig, EvalConfig, GateConfig, LossConfig,
 from retention_jax.data import builders, conversations, pipeline, show, sources
 from retention_jax.models import weights
 
+pytestmark = pytest.mark.slow
+
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 ASKED = [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four."}]
 

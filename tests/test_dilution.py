@@ -18,6 +18,8 @@ from retention_jax.models import gate as gate_lib
 from retention_jax.models import gate_files, rope, weights
 from retention_jax.tasks import recall
 
+pytestmark = pytest.mark.slow
+
 T, R = 36, 6
 FULL = CacheConfig(budget=T, recent=T)
 SMALL = EvalConfig(policies=("full", "retention"), budgets=(3,), lengths=(T,), recent=R, examples=3, seeds=2)

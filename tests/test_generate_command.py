@@ -20,6 +20,8 @@ import retention_jax as rj
 from retention_jax import chat, decoding, prompt_files, text_generation, tokenizer
 from retention_jax.text_generation import Conversation, Totals, Writer
 
+pytestmark = pytest.mark.slow
+
 CACHE = rj.CacheConfig(budget=64, recent=4)
 ROWS: list[dict[str, Any]] = [{"id": f"r{i}", "prompt": "two plus" + " two" * i} for i in range(3)]
 ROWS.append({"messages": [{"role": "user", "content": "the lazy dog"}], "extra": {"é": [1, None]}})

@@ -9,6 +9,8 @@ from text_helpers import write_rows
 
 from retention_jax.tasks import countdown, longproc
 
+pytestmark = pytest.mark.slow
+
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data" / "longproc"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 REAL = ("countdown_0.5k", "countdown_2k", "path_traversal_0.5k", "tom_tracking_0.5k")

@@ -7,6 +7,8 @@ import pytest
 
 from retention_jax.tasks import recall
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (3, 9, 60, 64, 191, 192, 768)  # 64 and 191 leave one and two tokens after the last slot
 DECOYS = (0.0, 0.3, 0.6)
 SEEDS = range(5)
