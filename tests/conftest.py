@@ -10,12 +10,13 @@ import pytest
 
 ON_DEVICE = os.environ.get("RETENTION_JAX_TEST_DEVICE") == "1"
 if not ON_DEVICE:
-    # Compiling is most of the time of most tests; without optimisations it takes a fifth.
+    # Compiling is most of the time of most tests; without optimisations it takes a fifth. Commands that tests start
+    # inherit this, all but those that compile for TPU, whose library dies of flags that only CPUs have.
     xla_flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     xla_flags += " --xla_llvm_disable_expensive_passes=true"
     if jax.__version_info__ < (0, 11):  # later ones have no such choice
         xla_flags += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}"  # also for commands that tests start
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}"
     os.environ["JAX_PLATFORMS"] = "cpu"  # in commands that tests start
     jax.config.update("jax_platforms", "cpu")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -68,7 +68,7 @@ def test_the_command(tmp_path, program):
         f"--output={output}",
     ]
     command += ["--topology=v5e:2x2", "--mesh=data:2,fsdp:2", "--batch=8", "--length=256", f"--program={program}"]
-    environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "XLA_FLAGS": ""}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=LAUNCH.parent)
     assert run.returncode == 0, run.stderr[-4000:]
     (report,) = json.loads(output.read_text())
@@ -88,7 +88,7 @@ def test_the_command(tmp_path, program):
 def test_refusals(flag, message):
     pytest.importorskip("libtpu")
     command = [sys.executable, LAUNCH / "compile_for_tpu.py", "--config=configs/recall_backbone.py", flag]
-    environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "XLA_FLAGS": ""}
     run = subprocess.run(
         [*command, "--topology=v5e:2x2"], capture_output=True, text=True, env=environment, cwd=LAUNCH.parent
     )

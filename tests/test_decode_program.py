@@ -76,7 +76,7 @@ def test_the_check_finds_a_planted_write(shapes, planted):
 def test_the_same_on_tpu():
     pytest.importorskip("libtpu")
     script = pathlib.Path(decode_program.__file__)
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "XLA_FLAGS": ""}
     run = subprocess.run([sys.executable, script, "v5e:2x2"], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     lists = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("[")]

@@ -185,7 +185,7 @@ def test_a_killed_process_is_noticed_and_the_run_ends_as_on_one_device(folder, t
             "--workdir={0}/shared --config.seed=$$",
             r"different configurations: seed is \d+ in process 0 and \d+ in process 1",
         ),
-        ("--workdir={0}/$$", r"one folder that all processes share; .* not in .*/\d+ of process 1"),
+        ("--workdir={0}/$$", r"must be one that all processes share; .* not in .*/\d+ of process 1"),
     ),
     ids=("configs", "folders"),
 )
