@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 import tqdm
@@ -54,6 +55,16 @@ def evaluated(model, text, tmp_path_factory):
 def row(**changes):
     one = Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 1, 1, 1.0, 9.0, None, {}, 0)
     return one._replace(**changes)
+
+
+def test_programs_of_finished_cells_are_freed(model):
+    jax.clear_caches()
+    programs = lambda: len(jax.devices()[0].client.live_executables())
+    before, budgets = programs(), (3, 4, 5, 6, 7, 8)
+    config = dataclasses.replace(SMALL, policies=("streaming",), budgets=budgets, seeds=1)
+    cores = os.cpu_count() or 1
+    assert len(evaluate.run(model, config, DATA, None)) == len(budgets) > cores
+    assert programs() - before < len(budgets)
 
 
 # What a score is.

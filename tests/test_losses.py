@@ -14,6 +14,8 @@ from retention_jax.config import GateConfig, LossConfig
 from retention_jax.models import decoder
 from retention_jax.models.gate import GateParam
 
+pytestmark = pytest.mark.slow
+
 
 def capacity(mass, segments, **changes):
     return float(

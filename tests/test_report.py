@@ -22,6 +22,8 @@ from retention_jax.report import page, results
 from retention_jax.report import trace as trace_lib
 from retention_jax.report.trace import NEVER
 
+pytestmark = pytest.mark.slow
+
 T = 26
 NAMES = [f"t{i}" for i in range(T)]
 

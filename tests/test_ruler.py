@@ -16,6 +16,8 @@ from text_helpers import write_rows
 
 from retention_jax.tasks import ruler
 
+pytestmark = pytest.mark.slow
+
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"

@@ -8,6 +8,8 @@ import pytest
 from retention_jax import sampling
 from retention_jax.sampling import sample, settings
 
+pytestmark = pytest.mark.slow
+
 STEP = jnp.int32(2)
 
 

@@ -11,6 +11,7 @@ from retention_jax import sharding
 
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of transformers, about its own arguments' names
 ]
 
