@@ -122,7 +122,8 @@ def _panel(axes: Axes, rows: Sequence[Row], policies: Sequence[str]) -> None:
         below = [shown(row.metric, row.score - row.low) for row in mine]
         above = [shown(row.metric, row.high - row.score) for row in mine]
         # A small step aside, so that bars of equal scores do not cover each other.
-        at = [row.budget * 2 ** (0.05 * (i - (len(policies) - 1) / 2)) for row in mine]
+        step = min(0.05, 0.25 / len(policies))
+        at = [row.budget * 2 ** (step * (i - (len(policies) - 1) / 2)) for row in mine]
         axes.errorbar(
             at,
             scores,
