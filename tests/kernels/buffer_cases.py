@@ -11,7 +11,7 @@ import numpy as np
 from retention_jax.kernels import ops
 from retention_jax.kernels.buffer_attention_xla import Window
 
-B, K, R, SLOTS = 3, 3, 5, 70
+B, K, R, SLOTS = 3, 3, 5, 150
 
 KINDS = ("ragged", "empty heads", "one owns all", "empty")
 
@@ -22,7 +22,7 @@ def offsets(kind: str, rng: np.random.Generator) -> np.ndarray:
         case "ragged":
             return np.sort(rng.integers(0, SLOTS + 1, (B, K + 1)), axis=1)
         case "empty heads":
-            return np.array([[7, 7, 60, 60], [40, 40, 40, 41], [SLOTS - 3, SLOTS, SLOTS, SLOTS]])
+            return np.array([[7, 7, 100, 100], [40, 40, 40, 41], [SLOTS - 3, SLOTS, SLOTS, SLOTS]])
         case "one owns all":
             return np.array([[0, SLOTS, SLOTS, SLOTS], [0, 0, SLOTS, SLOTS], [0, 0, 0, SLOTS]])
         case _:

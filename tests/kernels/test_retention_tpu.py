@@ -68,11 +68,11 @@ def test_leaving_out_what_decayed_changes_no_bit_of_attention(monkeypatch):
 
 def test_leaving_out_what_decayed_changes_no_bit_of_mass(monkeypatch):
     rng = np.random.default_rng(0)
-    gates = -(np.array([2.0, 0.6, 0.1, 1e-4], np.float32)[None, :, None] + np.zeros((1, 4, 1000), np.float32))
-    inputs = gates, np.zeros((1, 1000), np.int32), rng.normal(size=gates.shape).astype(np.float32)
+    gates = -(np.array([2.0, 0.6, 0.1, 1e-4], np.float32)[None, :, None] + np.zeros((1, 4, 1500), np.float32))
+    inputs = gates, np.zeros((1, 1500), np.int32), rng.normal(size=gates.shape).astype(np.float32)
     op = lambda *x: retention_mass_tpu.retention_mass(*x, blocks=MassBlocks(rows=8))
     left_out = value_and_grad(op, *inputs)
-    monkeypatch.setattr(retention_mass_tpu, "reached", lambda slowest, *_: jnp.full(slowest.shape, 7, jnp.int32))
+    monkeypatch.setattr(retention_mass_tpu, "reached", lambda slowest, *_: jnp.full(slowest.shape, 15, jnp.int32))
     for a, b in zip(left_out, value_and_grad(op, *inputs), strict=True):
         np.testing.assert_array_equal(a, b)
 
