@@ -275,7 +275,7 @@ def _convolution(i: Instruction, within: Computation) -> float:
     pairs = 1
     for axis in (c for c in out if c.isdigit()):
         at = int(axis)
-        of = lambda field, default: window.get(field, "x".join([default] * 9)).split("x")[at]  # noqa: B023
+        of = lambda field, default, at=at: window.get(field, "x".join([default] * 9)).split("x")[at]
         stride, dilation, base = (int(of(f, "1")) for f in ("stride", "rhs_dilate", "lhs_dilate"))
         low = int(of("pad", "0_0").split("_")[0])
         results, taps = np.arange(dims(i.result)[out.index(axis)]), np.arange(right[rhs.index(axis)])

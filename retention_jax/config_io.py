@@ -49,7 +49,7 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "config") -> C:
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    return next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)  # type: ignore[arg-type]
+    return next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)  # type: ignore[arg-type]  # a class: hints hold no instance
 
 
 _MISMATCH = object()

@@ -27,7 +27,7 @@ from retention_jax.model_config import ModelConfig
 from retention_jax.models.decoder import Decoder
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "launch"))
-import hlo  # noqa: E402  # pyright: ignore[reportMissingImports]
+import hlo  # noqa: E402  # pyright: ignore[reportMissingImports]  # found by the line above
 
 COLLECTIVE = re.compile(
     r"\s+(?:ROOT )?%\S+ = (?P<type>.*?) "

@@ -25,6 +25,11 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": " ".join(kept), **changes}
 
 
+def environment_for_tpu_compiler() -> dict[str, str]:
+    """For commands that compile for TPU: without flags, since its library dies of those that only CPUs have."""
+    return {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1]), "XLA_FLAGS": ""}
+
+
 def tiny_config(**changes: Any) -> ModelConfig:
     sizes = dict(vocab_size=32, num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_size=8, mlp_width=24)
     return ModelConfig(**{**sizes, **changes})

@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from absl import app, flags, logging
+from helpers import environment_for_tpu_compiler
 
 pytestmark = pytest.mark.slow
 
@@ -145,8 +145,7 @@ def test_estimates_for_a_tpu_that_is_not_there(tmp_path):
     shape = ("--layers=5", "--width=256", "--heads=4", "--kv_heads=2", "--head_size=128", "--vocab=512")
     command = [sys.executable, LAUNCH / "benchmark.py", "decode", *shape, "--dtype=bfloat16", "--contexts=4096"]
     command += ["--budgets=1024", "--topology=v5e:2x2", f"--output={tmp_path / 'out.json'}"]
-    environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "XLA_FLAGS": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment_for_tpu_compiler())
     assert done.returncode == 0, done.stderr[-4000:]
     rows = {r["what"]: r for r in json.loads((tmp_path / "out.json").read_text())["decode"]}
     step = rows["budget 1024, step"]

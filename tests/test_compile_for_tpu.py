@@ -1,7 +1,6 @@
 """The costs that are read from a compiled program, against programs whose costs are known; the command itself."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -9,12 +8,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import environment_for_tpu_compiler
 
 from retention_jax import sharding
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 sys.path.insert(0, str(LAUNCH))
-import hlo  # noqa: E402  # pyright: ignore[reportMissingImports]
+import hlo  # noqa: E402  # pyright: ignore[reportMissingImports]  # found by the line above
 
 pytestmark = pytest.mark.slow
 
@@ -68,8 +68,7 @@ def test_the_command(tmp_path, program):
         f"--output={output}",
     ]
     command += ["--topology=v5e:2x2", "--mesh=data:2,fsdp:2", "--batch=8", "--length=256", f"--program={program}"]
-    environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "XLA_FLAGS": ""}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=LAUNCH.parent)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment_for_tpu_compiler(), cwd=LAUNCH.parent)
     assert run.returncode == 0, run.stderr[-4000:]
     (report,) = json.loads(output.read_text())
     assert report["fits"] and report["tokens"] == (8 * 256 if program == "train" else 8)
@@ -88,8 +87,11 @@ def test_the_command(tmp_path, program):
 def test_refusals(flag, message):
     pytest.importorskip("libtpu")
     command = [sys.executable, LAUNCH / "compile_for_tpu.py", "--config=configs/recall_backbone.py", flag]
-    environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "XLA_FLAGS": ""}
     run = subprocess.run(
-        [*command, "--topology=v5e:2x2"], capture_output=True, text=True, env=environment, cwd=LAUNCH.parent
+        [*command, "--topology=v5e:2x2"],
+        capture_output=True,
+        text=True,
+        env=environment_for_tpu_compiler(),
+        cwd=LAUNCH.parent,
     )
     assert run.returncode != 0 and message in run.stderr, run.stderr[-2000:]

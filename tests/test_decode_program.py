@@ -2,7 +2,6 @@
 dispatch, and prompts of any length run one program."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import decode_program
 import jax
 import pytest
 from decode_program import large_writes, lower_run, lower_step
-from helpers import tiny_config, tiny_model, tokens_of
+from helpers import environment_for_tpu_compiler, tiny_config, tiny_model, tokens_of
 
 import retention_jax as rj
 from retention_jax import decoding
@@ -76,8 +75,9 @@ def test_the_check_finds_a_planted_write(shapes, planted):
 def test_the_same_on_tpu():
     pytest.importorskip("libtpu")
     script = pathlib.Path(decode_program.__file__)
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "XLA_FLAGS": ""}
-    run = subprocess.run([sys.executable, script, "v5e:2x2"], capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [sys.executable, script, "v5e:2x2"], capture_output=True, text=True, env=environment_for_tpu_compiler()
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     lists = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("[")]
     assert lists == [[], []]

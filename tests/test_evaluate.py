@@ -57,13 +57,13 @@ def row(**changes):
     return one._replace(**changes)
 
 
-def test_programs_of_finished_cells_are_freed(model):
+def test_programs_of_finished_cells_are_freed(model, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # cells that compile at once
     jax.clear_caches()
     programs = lambda: len(jax.devices()[0].client.live_executables())
     before, budgets = programs(), (3, 4, 5, 6, 7, 8)
     config = dataclasses.replace(SMALL, policies=("streaming",), budgets=budgets, seeds=1)
-    cores = os.cpu_count() or 1
-    assert len(evaluate.run(model, config, DATA, None)) == len(budgets) > cores
+    assert len(evaluate.run(model, config, DATA, None)) == len(budgets) > 2
     assert programs() - before < len(budgets)
 
 

@@ -1,7 +1,6 @@
 """`python -m retention_jax.generate`, on a tiny random checkpoint with a tokenizer and a chat template."""
 
 import json
-import os
 import pathlib
 import runpy
 import signal
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from absl import flags, logging
-from helpers import tiny_model
+from helpers import environment, tiny_model
 from text_helpers import save_tokenizer
 
 import retention_jax as rj
@@ -276,7 +275,7 @@ def test_chat_over_a_pipe(folder, writer):
         capture_output=True,
         text=True,
         cwd=root,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env=environment(),
         timeout=300,
     )
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
 """The buffer on a mesh: slot shards keep what one device keeps, and send each other activations and counts only."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_on_mesh import MODEL, Sent, lower_decode, sent
-from helpers import assert_close, tiny_config, tiny_model, tokens_of
+from helpers import assert_close, environment_for_tpu_compiler, tiny_config, tiny_model, tokens_of
 
 import retention_jax as rj
 from retention_jax import cache, sharding
@@ -254,8 +253,9 @@ def test_the_check_finds_keys_that_travel(folder):
 def test_the_same_on_tpu():
     pytest.importorskip("libtpu")
     script = pathlib.Path(decode_on_mesh.__file__)
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "XLA_FLAGS": ""}
-    run = subprocess.run([sys.executable, script, "v6e:2x4"], capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [sys.executable, script, "v6e:2x4"], capture_output=True, text=True, env=environment_for_tpu_compiler()
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     lists = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("[")]
     found = [Sent(kind, dtype, tuple(shape), evicting) for kind, dtype, shape, evicting in lists[0]]

@@ -60,7 +60,7 @@ def of_task(
         left = room[index] - sum(len(turn) for turn, _ in later)
         cut = task.cut if len(tokens) > left else None
         if cut is not None:
-            tokens, split = _shortened(example, cut, left, tokenizer, first)
+            tokens, split = _shortened(example, tokens, split, cut, left, tokenizer, first)
         split = 0 if query_aware else split
         prompts.append(
             Prompt(
@@ -77,13 +77,18 @@ def of_task(
 
 
 def _shortened(
-    example: Example, cut: Cut, most: int, tokenizer: Tokenizer, first: Callable[[Example], tuple[list[int], int]]
+    example: Example,
+    tokens: list[int],
+    split: int,
+    cut: Cut,
+    most: int,
+    tokenizer: Tokenizer,
+    first: Callable[[Example], tuple[list[int], int]],
 ) -> tuple[list[int], int]:
-    """What `first` makes of an example without so much of its text that it has at most `most` tokens."""
+    """What `first` makes of an example (`tokens`, `split`) without so much of its text that at most `most` are left."""
     (turn, *later), context = example.turns, example.context
     text = context + turn.question if cut == "middle of prompt" else context
     offsets = tokenizer.backend.encode(text, add_special_tokens=False).offsets
-    tokens, split = first(example)
     keep = len(offsets)
     while len(tokens) > most:  # texts that were apart may become more tokens together
         keep -= len(tokens) - most

@@ -1,7 +1,6 @@
 """Scores of sequences that the model reads token by token, each token predicted from what was kept until then."""
 
 import concurrent.futures
-import functools
 import hashlib
 import os
 import time
@@ -153,16 +152,19 @@ class Streams:
         cells: dict[tuple[str, int], list[Unit]] = {}
         for unit in units:
             cells.setdefault((unit.policy, unit.budget), []).append(unit)
-        caches = [None if cell[0] == "full" else cache_of(*cell, self.length) for cell in cells]
-        compiled = functools.partial(compile_scorer, self.model, self.tokens[0])
+
+        def compiled(cell: tuple[str, int]) -> Scorer:
+            cache = None if cell[0] == "full" else cache_of(*cell, self.length)
+            return compile_scorer(self.model, self.tokens[0], cache)
+
         # Compiling takes longer than running for a small model, and uses one core: as many cells as there are cores
         # compile at once, and then run by themselves, so that their speed is their own.
         cores = os.cpu_count() or 1
         with concurrent.futures.ThreadPoolExecutor(cores) as pool:
             for first in range(0, len(cells), cores):
-                scorers = list(pool.map(compiled, caches[first : first + cores]))
-                for scorer, of_cell in zip(scorers, list(cells.values())[first : first + cores], strict=True):
-                    for unit in of_cell:
+                group = list(cells)[first : first + cores]
+                for cell, scorer in zip(group, list(pool.map(compiled, group)), strict=True):
+                    for unit in cells[cell]:
                         yield unit, self._result(scorer, unit)
 
     def _result(self, scorer: Scorer, unit: Unit) -> Result:

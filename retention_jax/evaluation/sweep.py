@@ -82,7 +82,8 @@ def run(
             bar.set_description(f"{block.task}, {block.length} tokens")
             for unit, result in block.results(mine[id(block)], cache_of) if mine[id(block)] else ():
                 bar.set_description(f"{unit.task}, {unit.length} tokens: {unit.policy} {unit.budget}")
-                if cell != (cell := (unit.policy, unit.budget)):
+                if (unit.policy, unit.budget) != cell:
+                    cell = (unit.policy, unit.budget)
                     # Those of the cells before: programs map memory, and after some hundred XLA dies in mmap.
                     jax.clear_caches()
                 result = {"of": block.of(unit), **result}

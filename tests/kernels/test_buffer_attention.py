@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from buffer_cases import KINDS, SLOTS, B, K, R, attend, dense, make, with_other_slots, with_window
+from implementations import params
 
 from retention_jax.kernels import (
     buffer_attention_tpu,
@@ -31,8 +32,7 @@ KERNELS: dict[str, Any] = {
     "tpu": buffer_attention_tpu.buffer_attention,
     "triton": TRITON,
 }
-# Interpreted Triton takes long, and does not depend on the version of jax.
-PARAMS = [pytest.param(op, id=name, marks=[pytest.mark.slow] * (name == "triton")) for name, op in KERNELS.items()]
+PARAMS = params(KERNELS)
 everyone = pytest.mark.parametrize("op", PARAMS)
 
 
@@ -56,7 +56,7 @@ def test_by_hand(op):
 
 # Fewer cases than for plain XLA below: an interpreted kernel is slow.
 @everyone
-@pytest.mark.parametrize("T, groups, kind", [(1, 1, "ragged"), (1, 8, "empty heads"), (3, 3, "one owns all")])
+@pytest.mark.parametrize("T, groups, kind", [(1, 1, "ragged"), (1, 8, "empty heads"), (7, 3, "one owns all")])
 def test_equals_a_dense_softmax(op, T, groups, kind):
     x = make(0, kind, T, groups, (-2, 1, R + 3))
     out = attend(op, x)

@@ -1,13 +1,13 @@
 """The real TPU compiler accepts the kernels at the largest sizes, in the vector memory the formulas say."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import jax.numpy as jnp
 import pytest
+from helpers import environment_for_tpu_compiler
 
 from retention_jax.kernels import blocks
 
@@ -23,9 +23,8 @@ LENGTH = 131072
 )
 def test_kernels_compile(topology, program):
     # A process of its own: the compiler is told not to look for a TPU before jax is imported.
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "XLA_FLAGS": ""}
     command = [sys.executable, SCRIPT, topology, program, "mass", "decode", "chunk", "evict"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment_for_tpu_compiler())
     assert run.returncode == 0, run.stderr[-4000:]
     reports = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     vmem = {(r["program"], r["kernel"]): r["vmem"] for r in reports}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import assert_as_good_as, make, value_and_grads
+from implementations import params
 
 from retention_jax.kernels import (
     blocks,
@@ -27,8 +28,7 @@ TRITON = partial(
     blocks=triton_blocks.AttentionBlocks(tokens=64, forward=32, backward=32, num_warps=4),
 )
 KERNELS = {"xla": retention_attention_xla.retention_attention, "tpu": TPU, "triton": TRITON}
-# Interpreted Triton takes long, and does not depend on the version of jax.
-PARAMS = [pytest.param(op, id=name, marks=[pytest.mark.slow] * (name == "triton")) for name, op in KERNELS.items()]
+PARAMS = params(KERNELS)
 every_kernel = pytest.mark.parametrize("op", PARAMS)
 everyone = pytest.mark.parametrize("op", [pytest.param(reference.retention_attention, id="reference"), *PARAMS])
 

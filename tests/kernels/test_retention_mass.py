@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementations import params
 from mass_cases import make, value_and_grad
 
 from retention_jax.kernels import reference, retention_mass_tpu, retention_mass_triton, retention_mass_xla
@@ -17,8 +18,7 @@ from retention_jax.kernels.blocks import MassBlocks
 # Eight rows of 128 tokens are the smallest chunk: 1500 tokens are two, the second not full.
 TPU = partial(retention_mass_tpu.retention_mass, blocks=MassBlocks(rows=8))
 KERNELS = {"xla": retention_mass_xla.retention_mass, "tpu": TPU, "triton": retention_mass_triton.retention_mass}
-# Interpreted Triton takes long, and does not depend on the version of jax.
-PARAMS = [pytest.param(op, id=name, marks=[pytest.mark.slow] * (name == "triton")) for name, op in KERNELS.items()]
+PARAMS = params(KERNELS)
 every_kernel = pytest.mark.parametrize("op", PARAMS)
 everyone = pytest.mark.parametrize("op", [pytest.param(reference.retention_mass, id="reference"), *PARAMS])
 
