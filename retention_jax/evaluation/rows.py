@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import pathlib
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,17 @@ def lower_is_better(metric: str) -> bool:
 def shown(metric: str, score: float) -> float:
     """The number as tables and figures show it: shares in %, the rest as it is."""
     return score if metric in _BITS else 100 * score
+
+
+def number(metric: str, score: float) -> str:
+    """The same as text."""
+    return f"{shown(metric, score):.{3 if metric in _BITS else 1}f}"
+
+
+def in_bytes(count: int | float) -> str:
+    """Bytes in the unit that suits them."""
+    power = min(int(math.log2(count) // 10), 4) if count >= 1 else 0
+    return f"{count / 1024**power:.{3 if power else 4}g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def named(metric: str) -> str:
@@ -98,9 +110,8 @@ def _spread(row: Row) -> str:
 
 
 def _cell(row: Row) -> str:
-    digits = 3 if lower_is_better(row.metric) else 1
-    score, half = (shown(row.metric, x) for x in (row.score, (row.high - row.low) / 2))
-    return f"{score:.{digits}f} ± {half:.{digits}f}" if row.low < row.high else f"{score:.{digits}f}"
+    score, half = (number(row.metric, x) for x in (row.score, (row.high - row.low) / 2))
+    return f"{score} ± {half}" if row.low < row.high else score
 
 
 def header(config: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -4,8 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from retention_jax.evaluation import rows as rows_lib
-from retention_jax.evaluation.rows import Row
+from retention_jax.evaluation.rows import Row, in_bytes, lower_is_better, named, number, shown
 
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 46  # margins around the axes
@@ -44,16 +43,6 @@ class Panel(NamedTuple):
     full_label_right: bool  # on the side where the other scores leave room
 
 
-def number(metric: str, score: float) -> str:
-    return f"{rows_lib.shown(metric, score):.{3 if rows_lib.lower_is_better(metric) else 1}f}"
-
-
-def size(count: int | float) -> str:
-    """Bytes in the unit that suits them."""
-    power = min(int(math.log2(count) // 10), 4) if count >= 1 else 0
-    return f"{count / 1024**power:.{3 if power else 4}g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
 def quality(rows: Sequence[Row], policies: Sequence[str]) -> Panel:
     """Score against budget, for the rows of one task and length."""
     budgets = sorted({row.budget for row in rows if row.policy != "full"})
@@ -68,7 +57,7 @@ def memory(rows: Sequence[Row], policies: Sequence[str]) -> Panel:
     held = [row.kv_bytes for row in rows]
     least, most = math.floor(math.log2(min(held))), math.ceil(math.log2(max(held)))
     step = max(1, math.ceil((most - least) / 5))
-    x_ticks = [(2.0**power, size(2.0**power)) for power in range(least, most + 1, step)]
+    x_ticks = [(2.0**power, in_bytes(2.0**power)) for power in range(least, most + 1, step)]
     return _panel(rows, policies, "KV memory of a sequence", lambda row: float(row.kv_bytes), x_ticks, full_has_x=True)
 
 
@@ -87,15 +76,15 @@ def _panel(
     xs = [math.log2(x_of(row)) for row in others] + [math.log2(x) for x, _ in x_ticks] or [0.0]
     room = 0.06 * (max(xs) - min(xs)) or 0.5
     to_x = _scale(min(xs) - room, max(xs) + room, LEFT, WIDTH - RIGHT)
-    ys = [rows_lib.shown(first.metric, y) for row in rows for y in (row.low, row.high)]
-    y_ticks = ticks(min(ys), max(ys)) if rows_lib.lower_is_better(first.metric) else ticks(0.0, min(max(ys), 100.0))
+    ys = [shown(first.metric, y) for row in rows for y in (row.low, row.high)]
+    y_ticks = ticks(min(ys), max(ys)) if lower_is_better(first.metric) else ticks(0.0, min(max(ys), 100.0))
     to_y = _scale(min(*ys, y_ticks[0]), max(*ys, y_ticks[-1]), HEIGHT - BOTTOM, TOP)
-    at_y = lambda score: to_y(rows_lib.shown(first.metric, score))
+    at_y = lambda score: to_y(shown(first.metric, score))
 
     def point(row: Row, x: float) -> Point:
         interval = f" ({number(row.metric, row.low)} to {number(row.metric, row.high)})" if row.low < row.high else ""
         what = "full cache" if row.policy == "full" else f"{row.policy.replace('_', ' ')}, {row.budget} entries"
-        title = f"{what}: {rows_lib.named(row.metric)} {number(row.metric, row.score)}{interval}, {size(row.kv_bytes)}"
+        title = f"{what}: {named(row.metric)} {number(row.metric, row.score)}{interval}, {in_bytes(row.kv_bytes)}"
         y, low, high = (round(at_y(score), 1) for score in (row.score, row.low, row.high))
         return Point(round(x, 1), y, low, high, title)
 
@@ -108,7 +97,7 @@ def _panel(
     return Panel(
         title=f"{first.task}, {first.length:,} tokens",
         x_label=x_label,
-        y_label=rows_lib.named(first.metric),
+        y_label=named(first.metric),
         x_ticks=[Tick(round(to_x(math.log2(x)), 1), label) for x, label in x_ticks],
         y_ticks=[Tick(round(to_y(y), 1), f"{y:g}") for y in y_ticks],
         lines=lines,

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8, UInt16, UInt32
 from markupsafe import Markup
 
+from retention_jax.evaluation.rows import in_bytes, number
 from retention_jax.report import charts, figures, results
 from retention_jax.report.results import Results
 from retention_jax.report.trace import NEVER, Trace, half_life
@@ -143,6 +144,8 @@ def build(found: Results, title: str, most: int) -> str:
         run=_run_facts(found.run),
         policies=policies,
         charts=charts,
+        number=number,
+        in_bytes=in_bytes,
         blocks=[(block, charts.quality(block, policies), charts.memory(block, policies)) for block in blocks],
         groups=[(group, heat_table(results.kept_by_head(group))) for group in found.groups],
         data=data,
