@@ -55,7 +55,8 @@ on_all() { tpus tpu-vm ssh "$name" --worker=all --command="$1"; }
 # Nothing where there is no such slice. A list: describe fails alike without the slice and without the network.
 state() { tpus queued-resources list --filter="name~/$name\$" --format='value(state.state)'; }
 
-# Waits until the state is one of the arguments, NONE for no slice, and sets $now to it; to the first in a dry run.
+# Waits until the state is one of the arguments, NONE for no slice, and sets $now to it; to the first in a dry run. What
+# gcloud could not answer is asked again.
 await() {
   if [ -n "$dry_run" ]; then state; now=$1; return; fi
   local wanted

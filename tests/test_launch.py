@@ -70,8 +70,10 @@ def test_a_gke_cluster_from_creation_to_the_end():
     cluster, storage = say("create")
     assert cluster[:3] == ["xpk", "cluster", "create"] and {"--tpu-type=v5p-32", "--num-slices=2"} <= set(cluster)
     assert storage[:3] == ["xpk", "storage", "attach"] and "--mount-point=/bucket" in storage
+    assert "--mount-options=implicit-dirs,metadata-cache:ttl-secs:1,metadata-cache:negative-ttl-secs:0" in storage
     [run] = say("run")
-    assert run[:3] == ["xpk", "workload", "create"] and {"--workload=w", "--max-restarts=50"} <= set(run)
+    assert run[:3] == ["xpk", "workload", "create"]
+    assert {"--workload=w", "--max-restarts=50", "--termination-grace-period-seconds=300"} <= set(run)
     assert shlex.split(run[-1].split("exec python -m retention_jax.train ")[1]) == list(TRAINING)
     assert say("logs")[1][:2] == ["kubectl", "logs"]
     assert say("stop")[0][:3] == ["xpk", "workload", "delete"] and say("delete")[0][:3] == ["xpk", "cluster", "delete"]
@@ -81,7 +83,7 @@ def test_slurm_runs_one_step_and_queues_again():
     step, again = dry_run("slurm.sh", "--dry_run", *TRAINING)
     assert (
         step[0] == "srun"
-        and "--cpus-per-task=8" in step
+        and {"--cpus-per-task=8", "--kill-on-bad-exit=0"} <= set(step)
         and step[-3:] == list(TRAINING)
         and again[:2] == ["scontrol", "requeue"]
     )
@@ -204,7 +206,7 @@ def test_slurm_counts_crashes_and_not_time_limits(fakes, tmp_path):
 
 
 def local(script: str, *arguments: str, launcher: pathlib.Path = LAUNCH / "local.py") -> subprocess.Popen[str]:
-    """The local launcher with two processes of a shell script, which ends with what it says last."""
+    """The local launcher with two processes of a shell script."""
     command = [sys.executable, launcher, *arguments, "--", "bash", "-c", script, "bash"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
