@@ -149,7 +149,7 @@ def search(setup: Setup, told: Report, compiled: Callable[[Setup], Report]) -> I
         for change in larger(setup, told):
             yield {"change": change.text} | compiled(change.setup)
         return
-    kept, wanted = "", told["wanted"]
+    kept, wanted = "", told["wanted"] or math.inf
     while True:
         tried: list[tuple[float, Change]] = []
         for change in smaller(setup):
@@ -157,7 +157,7 @@ def search(setup: Setup, told: Report, compiled: Callable[[Setup], Report]) -> I
             yield report
             if report["fits"]:
                 return
-            tried.append((report["wanted"], change))
+            tried.append((report["wanted"] or math.inf, change))
         least, best = min(tried, key=lambda pair: pair[0], default=(math.inf, None))
         if best is None or least >= wanted:
             return

@@ -17,9 +17,9 @@ class Part(NamedTuple):
 
 
 def refusal(error: str) -> dict[str, Any]:
-    """What the compiler says where memory is too small; `wanted`, in bytes, is infinite where it does not say."""
+    """What the compiler says where memory is too small; `wanted`, in bytes, is None where it does not say."""
     used = re.search(r"Used ([\d.]+)([KMG]) of \S+ hbm", error)
-    wanted = float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[used[2]] if used else math.inf
+    wanted = float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[used[2]] if used else None
     return {"fits": False, "wanted": wanted, "why": used[0] if used else error.splitlines()[0]}
 
 
