@@ -103,7 +103,19 @@ def test_who_joins_others(monkeypatch, tpu, environment, metadata, many):
 
 def test_one_process_agrees_with_itself():
     assert distributed.gather("grüße") == ["grüße"]
-    assert int(distributed.largest(15)) == 15
+    assert distributed.largest(15) == 15
+
+
+def test_what_fails_in_one_process_fails_in_all(monkeypatch):
+    said = []
+    monkeypatch.setattr(distributed, "gather", lambda text: said.append(text) or [text, ""])
+    assert distributed.together(lambda: 3) == 3
+    with pytest.raises(FileNotFoundError):
+        distributed.together(lambda: pathlib.Path("/nowhere").read_text())
+    assert said[0] == "" and said[1].startswith("FileNotFoundError: ")
+    monkeypatch.setattr(distributed, "gather", lambda text: ["", text, "OSError: disk full"])
+    with pytest.raises(RuntimeError, match="^process 2: OSError: disk full$"):
+        distributed.together(lambda: 3)
 
 
 def command(folder: pathlib.Path, **changes) -> list[str]:
