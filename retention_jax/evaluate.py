@@ -16,7 +16,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from retention_jax import checkpoint, config_io, distributed, program_cache
+from retention_jax import config_io, distributed, program_cache
 from retention_jax import tokenizer as tokenizer_lib
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, Policy, TrainConfig
 from retention_jax.evaluation import devices, rows, sweep
@@ -235,7 +235,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     check(chosen, config.data)
     output = pathlib.Path(values.output).expanduser() if values.output else None
     with distributed.joined(values):
-        checkpoint.agree_on({"config": config_io.to_dict(config), "eval": config_io.to_dict(chosen)})
+        distributed.agree_on("configurations", {"config": config_io.to_dict(config), "eval": config_io.to_dict(chosen)})
         backbone, gates = checkpoint_folders(values.checkpoint, config.backbone, chosen.policies)
         # Before the weights: what is wrong with it shows at once.
         has_text = any(task not in ("recall", "text") for task in chosen.tasks)
