@@ -18,7 +18,7 @@ from text_helpers import make_tokenizer
 from retention_jax import decoding, evaluate
 from retention_jax.config import DataConfig, EvalConfig
 from retention_jax.evaluation import devices, journal, prompts, rows, sweep
-from retention_jax.evaluation.answers import Answers, seed_of
+from retention_jax.evaluation.answers import Answers, behind_thoughts, seed_of
 from retention_jax.evaluation.journal import Unit
 from retention_jax.tasks import text_metrics
 from retention_jax.tasks.example import Cut, Example, Task, Turn
@@ -215,6 +215,23 @@ def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
         texts.append({(u.seed, a["example"], a["turn"]): a["text"] for u, r in done.items() for a in r["answers"]})
     assert texts[0] == texts[1]
     assert any(texts[0][0, f"e{i}", 0] != texts[0][1, f"e{i}", 0] for i in range(5))
+
+
+@pytest.mark.parametrize(
+    "asked, text, said",
+    [
+        ("Q?<assistant>", "It is 4.", "It is 4."),
+        ("Q?<assistant>", "<think>so 3, no 5</think>It is 4.", "It is 4."),
+        ("Q?<assistant><think>\n", "so 3, no 5</think>It is 4.", "It is 4."),
+        ("Q?<assistant><think>\n", "so 3, no 5", ""),
+        ("Q?<assistant>", "<think>so 3, no 5", ""),
+        ("Q?<assistant>", "<think>so</think>3<think>or", ""),
+        ("what does <think> mean?", "It begins thoughts.", "It begins thoughts."),
+        ("Q?<assistant><think>\n\n</think>\n\n", "4", "4"),
+    ],
+)
+def test_thoughts_are_not_scored(asked, text, said):
+    assert behind_thoughts(asked, text) == said
 
 
 def test_no_two_samples_have_one_seed():

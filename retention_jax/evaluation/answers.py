@@ -115,9 +115,11 @@ class Answers:
             done.append(out.tokens)
             buffer, last = (out.buffer, [row[-1] for row in out.tokens]) if untouched is None else (untouched, [])
         seconds = time.perf_counter() - started - (devices.compile_seconds() - compiled)
-        answers = {prompt.index: [turn[i] for turn in done] for i, prompt in enumerate(batch)}
+        answers = {prompt.index: (prompt, [turn[i] for turn in done]) for i, prompt in enumerate(batch)}
         return {
-            "answers": [self._scored(index, turn, new) for index, of in answers.items() for turn, new in enumerate(of)],
+            "answers": [
+                self._scored(prompt, turn, new) for prompt, of in answers.values() for turn, new in enumerate(of)
+            ],
             "kv_bytes": int(stats["kv_bytes"]) // len(batch),
             "full_kv_bytes": full_kv_bytes(self.model, max(map(_tokens_seen, batch, zip(*done, strict=True)))),
             "seconds": seconds,
@@ -137,10 +139,10 @@ class Answers:
         tokens = prompt.turns[turn]
         return tokens if last is None or (prompt.closing and last in self.tokenizer.stop_tokens) else [last, *tokens]
 
-    def _scored(self, index: int, turn: int, new: list[int]) -> dict[str, Any]:
-        """One answer; what is scored of it is what stands behind the model's thoughts, if it ended them."""
-        example, text = self.definition.examples[index], self.tokenizer.decode(new)
-        score = self.definition.score(example, turn, text.rpartition("</think>")[2])
+    def _scored(self, prompt: Prompt, turn: int, new: list[int]) -> dict[str, Any]:
+        """One answer, scored by what stands behind the model's thoughts."""
+        example, text = self.definition.examples[prompt.index], self.tokenizer.decode(new)
+        score = self.definition.score(example, turn, behind_thoughts(self.tokenizer.decode(prompt.turns[turn]), text))
         stopped = new[-1] in self.tokenizer.stop_tokens
         told = {"example": example.name, "turn": turn, "text": text, "tokens": len(new), "stopped": stopped}
         return {**told, "score": float(score)}
@@ -178,6 +180,13 @@ class Answers:
             groups={name: float(np.mean(_means(found))) for name, found in sorted(of_groups.items())},
             cut=self.cut,
         )
+
+
+def behind_thoughts(asked: str, text: str) -> str:
+    """What a model says when it has thought; "" where its thinking, begun by itself or by the prompt, was cut off."""
+    said = text.rpartition("</think>")[2]
+    begun = "<think>" in said or ("</think>" not in text and asked.rstrip().endswith("<think>"))
+    return "" if begun else said
 
 
 def seed_of(seed: int, sample: int) -> int:
