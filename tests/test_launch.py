@@ -153,11 +153,15 @@ def test_a_run_on_a_worker_fails_twice_or_stops(fakes, tmp_path):
     started = lambda: sum(call.startswith("python") for call in fakes.calls())
     ended = lambda: subprocess.run(["flock", "--timeout=20", home / "lock", "true"], check=True)
     fakes("sleep", "")
+    trains("exit 134")
+    on_worker(fakes, "run", "--max_restarts=3", "--", "--config=c")
+    wait_for("attempt 3", home / "train.log")
+    ended()
     trains("echo wrong; exit 1")
     on_worker(fakes, "run", "--", "--config=c")
     wait_for("failed twice", home / "train.log")
     ended()
-    assert started() == 2
+    assert started() == 4 + 2
 
     # Stopped while it trains: it saves, and meanwhile no other starts.
     saves = "until [ -e saved ]; do /bin/sleep 0.05; done; exit 143"
@@ -168,7 +172,7 @@ def test_a_run_on_a_worker_fails_twice_or_stops(fakes, tmp_path):
     assert "a run is going on" in on_worker(fakes, "run", "--", "--config=c")
     (home / "saved").touch()
     ended()
-    assert started() == 3
+    assert started() == 4 + 2 + 1
 
     # Stopped while it waits to start again: it does not.
     fakes("sleep", "exec /bin/sleep 5")
@@ -223,7 +227,9 @@ def test_a_failure_at_the_start_is_tried_twice_and_ends_with_its_error(tmp_path)
     )
     assert told.count("[0] 1000\n[0] ValueError: wrong\n") == 2  # nothing of its output is lost
 
-    # Later failures are tried again as often as asked.
+    # Killed processes and later failures are tried again as often as asked.
+    with local("[[ $* = *process_id=1 ]] && kill -9 $$; sleep 60", "--max_restarts=2") as running:
+        assert "starting all 2 again, 2 of 2" in running.communicate(timeout=20)[0] and running.returncode == 137
     text = (LAUNCH / "local.py").read_text()
     (tmp_path / "local.py").write_text(text.replace("_SOON = 60", "_SOON = 0"))
     with local(fails, "--max_restarts=2", launcher=tmp_path / "local.py") as running:
