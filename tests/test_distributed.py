@@ -190,11 +190,10 @@ def assert_same_outcome(workdir: pathlib.Path, wanted: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", (0, 1))
-def test_a_killed_process_is_noticed_and_the_run_ends_as_on_one_device(folder, uninterrupted, tmp_path, victim):
+def test_a_killed_process_is_noticed_and_the_run_ends_as_on_one_device(folder, uninterrupted, tmp_path):
     """The coordinator or the other one, at a random step; the gates' shards are in both."""
     workdir, log = tmp_path / "two", tmp_path / "log"
-    step = int(np.random.default_rng().integers(7, 17))
+    victim, step = np.random.default_rng().integers((0, 7), (2, 17))
     running = launch(log, [*command(folder, fsdp=8), f"--workdir={workdir}"], restarts=1)
     wait_for(running, workdir, step)
     pid = re.search(rf"process {victim} is (\d+)", log.read_text())
@@ -204,7 +203,7 @@ def test_a_killed_process_is_noticed_and_the_run_ends_as_on_one_device(folder, u
     while running.poll() is None and "starting all 2 again, 1 of 1" not in log.read_text():
         time.sleep(0.02)
     assert time.monotonic() - killed < 30
-    assert running.wait(timeout=240) == 0, f"killed after step {step}: {log.read_text()[-3000:]}"
+    assert running.wait(timeout=240) == 0, f"{victim} killed after step {step}: {log.read_text()[-3000:]}"
     assert log.read_text().count("[0] continuing after step ") == 1 and "[1] continuing" not in log.read_text()
     assert_same_outcome(workdir, uninterrupted)
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"18", "24"}
@@ -249,8 +248,7 @@ def test_a_run_goes_on_with_fewer_devices_and_other_meshes(folder, uninterrupted
     (
         (
             "--workdir={0}/shared --config.mesh.fsdp=$$",
-            r"different configurations: mesh.fsdp is (\d+) in process 0 and \d+ in process 1(.*\n)*\[.*different "
-            r"configurations: mesh.fsdp is \1 ",
+            r"different configurations: mesh.fsdp is \d+ in process 0 and \d+ in process 1",
         ),
         ("--workdir={0}/$$", r"must be one that all processes share; .* not in .*/\d+ of process 1"),
     ),
