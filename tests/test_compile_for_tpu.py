@@ -254,9 +254,10 @@ def test_the_command(tmp_path):
     assert all(report["bytes"][kind] > 0 for kind in ("weights", "gates", "buffer", "activations and temporaries"))
     step, eviction = report["parts"]
     assert step["flops"] > 0 and 0 < eviction["hbm_bytes"]
-    # The slot shards tell each other their counts in each of the 32 passes of the search, and before and after it.
-    (reduced,) = (c for c in eviction["collectives"] if c["kind"] == "all-reduce")
-    assert reduced["count"] >= 32 and reduced["devices"] == 2
+    # Slot shards add their counts up in each of the 32 passes of a search, and around the three searches; all devices
+    # agree whether there is anything to search for.
+    times = {c["devices"]: c["count"] for c in eviction["collectives"] if c["kind"] == "all-reduce"}
+    assert times == {2: 32 + 3, 4: 3}
 
 
 @pytest.mark.parametrize(
