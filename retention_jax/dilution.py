@@ -14,6 +14,7 @@ tokens force dilution; 3.2, keeping useful tokens by preference lowers it. `leas
 `expected_use` and `age_of_equal_use`, on its geometric retention, which is what chooses the tokens to keep.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -213,7 +214,7 @@ def evaluated(model: Decoder, config: EvalConfig, data: DataConfig, length: int,
     tokens, label_mask = streams.examples("recall", config, data, length)
     # All in one chunk is the full cache: nothing is evicted before the last token has been read.
     recent = length if policy == "full" else config.recent
-    cache = evaluate.cache_config(policy, budget, recent, length, config.seed)
+    cache = evaluate.buffer_of(dataclasses.replace(config, recent=recent), policy, budget, length)
     accuracy, dilution, off_facts, margins, crowds = [], [], [], [], []
     for rows, labels in zip(tokens, label_mask, strict=True):  # a seed at a time: the full cache needs the memory
         asked = np.clip(rows - recall.FIRST_KEY, 0, recall.NUM_KEYS - 1)

@@ -1,6 +1,7 @@
 """Answers and the sweep: prompts, resuming after a kill, dealing and intervals, with a tiny model."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -66,7 +67,7 @@ def evaluated(model, tok, config, output, task=TASK):
     return sweep.run(
         [Answers(model, tok, config, "made", task, None)],
         lambda length: evaluate.cells(config, length),
-        lambda policy, budget, length: evaluate.cache_config(policy, budget, config.recent, length, config.seed),
+        functools.partial(evaluate.buffer_of, config),
         header={},
         fingerprint={"seed": config.seed},
         output=output,
