@@ -142,8 +142,11 @@ class Answers:
     def _scored(self, prompt: Prompt, turn: int, new: list[int]) -> dict[str, Any]:
         """One answer, scored by what stands behind the model's thoughts."""
         example, text = self.definition.examples[prompt.index], self.tokenizer.decode(new)
-        score = self.definition.score(example, turn, behind_thoughts(self.tokenizer.decode(prompt.turns[turn]), text))
+        said = behind_thoughts(self.tokenizer.decode(prompt.turns[turn]), text)
         stopped = new[-1] in self.tokenizer.stop_tokens
+        if not stopped and self.definition.of_unended is not None:
+            said = self.definition.of_unended(said)
+        score = self.definition.score(example, turn, said)
         told = {"example": example.name, "turn": turn, "text": text, "tokens": len(new), "stopped": stopped}
         return {**told, "score": float(score)}
 
