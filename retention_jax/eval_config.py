@@ -21,8 +21,8 @@ class EvalConfig:
     protect_last: int = 0  # the same of the newest tokens
     examples: int = 32  # streams: sequences for each seed
     seeds: int = 5  # streams
-    # streams: the first of `seeds` consecutive ones. answers: of the draws. All seeds of a random policy share it: it is
-    # compiled in, so that the intervals leave out how the policy's own luck varies.
+    # streams: the first of `seeds` consecutive ones. answers: of the draws. A random policy has one for all:
+    # it is compiled in, so that the intervals leave out how the policy's own luck varies.
     seed: int = 0
     decoys: float = 0.4  # recall: share of slots that are decoys
     sources: tuple[str, ...] = ()  # TASK=SOURCE: where a task's questions are, see `tasks/load.py`
