@@ -18,7 +18,7 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from retention_jax import cache, checkpoint, config_io, distributed, program_cache, sharding
+from retention_jax import cache, config_io, distributed, program_cache, sharding
 from retention_jax import tokenizer as tokenizer_lib
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, MeshConfig, Policy, TrainConfig
 from retention_jax.data import sources
@@ -322,7 +322,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     check(chosen, config.data)
     output = pathlib.Path(values.output).expanduser() if values.output else None
     with distributed.joined(values):
-        checkpoint.agree_on({"config": config_io.to_dict(config), "eval": config_io.to_dict(chosen)})
+        distributed.agree_on("configurations", {"config": config_io.to_dict(config), "eval": config_io.to_dict(chosen)})
         backbone, gates = checkpoint_folders(values.checkpoint, config.backbone, chosen.policies)
         # Before the weights: what is wrong with it shows at once.
         has_text = any(task not in ("recall", "text") for task in chosen.tasks)

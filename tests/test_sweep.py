@@ -14,14 +14,15 @@ import weakref
 from typing import get_args
 
 import jax
+import numpy as np
 import pytest
 from helpers import tiny_model
 from text_helpers import make_tokenizer
 
-from retention_jax import evaluate, sharding
+from retention_jax import decoding, evaluate, sharding
 from retention_jax.config import DataConfig, EvalConfig
 from retention_jax.evaluation import devices, journal, prompts, rows, sweep
-from retention_jax.evaluation.answers import Answers, seed_of
+from retention_jax.evaluation.answers import Answers, behind_thoughts, seed_of
 from retention_jax.evaluation.journal import Unit
 from retention_jax.evaluation.streams import Streams
 from retention_jax.tasks import text_metrics
@@ -42,8 +43,10 @@ TASK = Task(
         Example(
             f"e{i}",
             "the quick brown fox jumps over the lazy dog. " * (1 + i % 2),
-            (Turn("\nwhat is two plus two?", ("4",), 5, " It is"), Turn("and the dog?", ("lazy",), 5))[: 1 + i // 3],
-            "ab"[i % 2],
+            (
+                Turn("\nwhat is two plus two?", ("4",), 5, " It is", "ab"[i % 2]),
+                Turn("and the dog?", ("lazy",), 5, group="dog"),
+            )[: 1 + i // 3],
         )
         for i in range(5)
     ),
@@ -176,7 +179,16 @@ def test_rows_of_answers_by_hand(model, tok, tmp_path):
         mean = sum(means) / 5
         half = 2.776 * (sum((m - mean) ** 2 for m in means) / 4) ** 0.5 / 5**0.5  # t(0.975; 4), from a table
         assert (row.score, row.low, row.high) == pytest.approx((mean, mean - half, mean + half), abs=1e-3)
-        assert row.groups == pytest.approx({"a": (means[0] + means[2] + means[4]) / 3, "b": (means[1] + means[3]) / 2})
+        first, second = (
+            {a["example"]: x for a, x in zip(mine, scores, strict=True) if a["turn"] == turn} for turn in (0, 1)
+        )
+        assert row.groups == pytest.approx(
+            {
+                "a": (first["e0"] + first["e2"] + first["e4"]) / 3,
+                "b": (first["e1"] + first["e3"]) / 2,
+                "dog": (second["e3"] + second["e4"]) / 2,
+            }
+        )
     full, streaming = found
     assert streaming.kv_bytes < full.kv_bytes == full.full_kv_bytes
     told = [a for unit, r in written.items() if unit.policy == "full" for a in r["answers"]]
@@ -187,6 +199,33 @@ def test_rows_of_answers_by_hand(model, tok, tmp_path):
     assert full.peak_bytes and streaming.peak_bytes and full.peak_bytes > streaming.peak_bytes  # and it ran first
     assert full.kv_bytes == 2 * 2 * seen * 2 * 8 * 4  # layers, heads, tokens; key and value of 8 numbers of 4 bytes
     assert rows.load(tmp_path / "results.json") == found
+
+
+@pytest.mark.parametrize("policy", ("full", "snapkv"))
+def test_told_answers_are_read_in_place_of_the_models(model, tok, tmp_path, policy):
+    asked, later = TASK.examples[3].turns
+    turns = (asked._replace(told="two red foxes"), later._replace(told="lazy"), later)
+    task = TASK._replace(examples=(TASK.examples[3]._replace(turns=turns),))
+    config = dataclasses.replace(CONFIG, policies=(policy,))
+    (row,) = evaluated(model, tok, config, tmp_path, task)
+    (done,) = journal.read(tmp_path, {"seed": 0}).values()
+
+    (prompt,) = prompts.of_task(task, tok, limit=None, query_aware=False, template_kwargs={}, room=[999])
+    assert tok.decode(prompt.turns[1]).startswith("two red foxes\nuser\nand the dog?\n")
+    (plain,) = prompts.of_task(
+        task._replace(chat=False), tok, limit=None, query_aware=False, template_kwargs={}, room=[999]
+    )
+    assert tok.decode(plain.turns[2]) == "lazy\n\nand the dog?"
+    cache, buffer = evaluate.cache_config(policy, row.budget, 4, 256, 0), None
+    read = lambda text, buffer: decoding.prefill(model, np.array([text], np.int32), cache, buffer=buffer)
+    _, buffer = read(prompt.context, buffer)
+    for turn, answer in zip(prompt.turns, done["answers"], strict=True):
+        logits, buffer = read(turn, buffer)
+        new, branch = [int(np.argmax(logits))], jax.tree.map(np.array, buffer)
+        while len(new) < 3 and new[-1] not in tok.stop_tokens:
+            logits, branch = decoding.decode(model, np.array(new[-1:], np.int32), branch)
+            new.append(int(np.argmax(logits)))
+        assert answer["text"] == tok.decode(new)
 
 
 def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
@@ -207,6 +246,23 @@ def test_a_mesh_answers_as_one_device(model, tok, tmp_path):
     one, many = evaluated(model, tok, config, tmp_path / "one"), evaluated(laid_out, tok, config, tmp_path / "many")
     measured = dict(seconds=0.0, tokens_per_second=0.0, peak_bytes=None)
     assert [r._replace(**measured) for r in many] == [r._replace(**measured) for r in one]
+
+
+@pytest.mark.parametrize(
+    "asked, text, said",
+    [
+        ("Q?<assistant>", "It is 4.", "It is 4."),
+        ("Q?<assistant>", "<think>so 3, no 5</think>It is 4.", "It is 4."),
+        ("Q?<assistant><think>\n", "so 3, no 5</think>It is 4.", "It is 4."),
+        ("Q?<assistant><think>\n", "so 3, no 5", ""),
+        ("Q?<assistant>", "<think>so 3, no 5", ""),
+        ("Q?<assistant>", "<think>so</think>3<think>or", ""),
+        ("what does <think> mean?", "It begins thoughts.", "It begins thoughts."),
+        ("Q?<assistant><think>\n\n</think>\n\n", "4", "4"),
+    ],
+)
+def test_thoughts_are_not_scored(asked, text, said):
+    assert behind_thoughts(asked, text) == said
 
 
 def test_no_two_samples_have_one_seed():

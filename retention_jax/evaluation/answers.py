@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from retention_jax import decoding
+from retention_jax.cache import Buffer
 from retention_jax.config import CacheConfig, EvalConfig
 from retention_jax.evaluation import devices, prompts
 from retention_jax.evaluation.journal import Result, Unit
@@ -103,15 +105,14 @@ class Answers:
         compiled, started = devices.compile_seconds(), time.perf_counter()
         buffer, last, done, stats = None, [], [], {}
         if batch[0].context:
-            tokens = np.zeros((len(batch), decoding.bucket(max(len(p.context) for p in batch), cache.prefill_chunk)))
-            tokens = tokens.astype(np.int32)
-            for row, prompt in zip(tokens, batch, strict=True):
-                row[: len(prompt.context)] = prompt.context
-            _, buffer = decoding.prefill(self.model, tokens, cache, lengths=[len(p.context) for p in batch])
+            buffer = self._read([prompt.context for prompt in batch], cache, None)
         for turn, max_new_tokens in enumerate(self.new_tokens[batch[0].index]):
+            asked = [self._asked(prompt, turn, last[i] if last else None) for i, prompt in enumerate(batch)]
+            # Where the answer is to leave no trace, the question is read once more, on a buffer of its own.
+            untouched = self._read(asked, cache, jax.tree.map(jnp.copy, buffer)) if batch[0].told[turn] else None
             out = decoding.generate(
                 self.model,
-                [self._asked(prompt, turn, last[i] if turn else None) for i, prompt in enumerate(batch)],
+                asked,
                 cache,
                 max_new_tokens=max_new_tokens,
                 temperature=self.config.temperature,
@@ -121,51 +122,64 @@ class Answers:
                 row_ids=[prompt.first_turn + turn for prompt in batch],
                 buffer=buffer,
             )
-            buffer, last, stats = out.buffer, [row[-1] for row in out.tokens], out.stats
+            stats = out.stats
             done.append(out.tokens)
+            buffer, last = (out.buffer, [row[-1] for row in out.tokens]) if untouched is None else (untouched, [])
         seconds = time.perf_counter() - started - (devices.compile_seconds() - compiled)
-        answers = {prompt.index: [turn[i] for turn in done] for i, prompt in enumerate(batch)}
+        answers = {prompt.index: (prompt, [turn[i] for turn in done]) for i, prompt in enumerate(batch)}
         return {
-            "answers": [self._told(index, turn, new) for index, of in answers.items() for turn, new in enumerate(of)],
+            "answers": [
+                self._told(prompt, turn, new) for prompt, of in answers.values() for turn, new in enumerate(of)
+            ],
             "kv_bytes": int(stats["kv_bytes"]) // len(batch),
             "full_kv_bytes": full_kv_bytes(self.model, max(map(_tokens_seen, batch, zip(*done, strict=True)))),
             "seconds": seconds,
             "peak_bytes": devices.largest_program(),
         }
 
+    def _read(self, texts: list[list[int]], cache: CacheConfig, buffer: Buffer | None) -> Buffer:
+        """The buffer after one more text in each row."""
+        lengths = [len(text) for text in texts]
+        tokens = np.zeros((len(texts), decoding.bucket(max(lengths), cache.prefill_chunk)), np.int32)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: len(text)] = text
+        return decoding.prefill(self.model, tokens, cache, lengths=lengths, buffer=buffer)[1]
+
     def _asked(self, prompt: Prompt, turn: int, last: int | None) -> list[int]:
         """A turn's tokens. Before them goes the answer's last one, not yet read, unless the closing stands for it."""
         tokens = prompt.turns[turn]
         return tokens if last is None or (prompt.closing and last in self.tokenizer.stop_tokens) else [last, *tokens]
 
-    def _told(self, index: int, turn: int, new: list[int]) -> dict[str, Any]:
+    def _told(self, prompt: Prompt, turn: int, new: list[int]) -> dict[str, Any]:
         """One answer."""
-        name, text = self.definition.examples[index].name, self.tokenizer.decode(new)
+        name, text = self.definition.examples[prompt.index].name, self.tokenizer.decode(new)
         stopped = new[-1] in self.tokenizer.stop_tokens
         return {"example": name, "turn": turn, "text": text, "tokens": len(new), "stopped": stopped}
 
     def scores(self, unit: Unit, result: Result) -> list[float]:
-        """Of a unit's answers, in order; scored is what stands behind the model's thoughts, if it ended them."""
-        of_batch = (self.definition.examples[prompt.index] for prompt in self.batches[unit.batch])
-        examples = {example.name: example for example in of_batch}
-        score = lambda told: self.definition.score(
-            examples[told["example"]], told["turn"], told["text"].rpartition("</think>")[2]
-        )
-        return [float(score(told)) for told in result["answers"]]
+        """Of a unit's answers, in order; scored is what stands behind the model's thoughts."""
+        asked = {self.definition.examples[prompt.index].name: prompt for prompt in self.batches[unit.batch]}
+
+        def score(told: dict[str, Any]) -> float:
+            prompt, turn = asked[told["example"]], told["turn"]
+            said = behind_thoughts(self.tokenizer.decode(prompt.turns[turn]), told["text"])
+            return float(self.definition.score(self.definition.examples[prompt.index], turn, said))
+
+        return [score(told) for told in result["answers"]]
 
     def row(self, results: dict[Unit, Result]) -> Row:
         """The row of one policy and budget, whose units' results are given."""
         unit, seconds = next(iter(results)), sum(r["seconds"] for r in results.values())
         answers = [answer for result in results.values() for answer in result["answers"]]
+        turns = {example.name: example.turns for example in self.definition.examples}
         scores: dict[str, list[float]] = {}
-        for answer, of_answer in zip(answers, (x for r in results.values() for x in r["scores"]), strict=True):
-            scores.setdefault(answer["example"], []).append(of_answer)
-        of_problem = {name: float(np.mean(found)) for name, found in scores.items()}
-        groups: dict[str, list[float]] = {}
-        for example in self.definition.examples[: self.config.limit]:
-            if example.group:
-                groups.setdefault(example.group, []).append(of_problem[example.name])
-        score, low, high = interval(list(of_problem.values()))
+        of_groups: dict[str, dict[str, list[float]]] = {}
+        for answer, score in zip(answers, (x for r in results.values() for x in r["scores"]), strict=True):
+            problem, group = answer["example"], turns[answer["example"]][answer["turn"]].group
+            scores.setdefault(problem, []).append(score)
+            if group:
+                of_groups.setdefault(group, {}).setdefault(problem, []).append(score)
+        score, low, high = interval(_means(scores))
         return Row(
             task=self.task,
             length=self.length,
@@ -183,15 +197,26 @@ class Answers:
             seconds=seconds,
             tokens_per_second=sum(answer["tokens"] for answer in answers) / seconds,
             peak_bytes=devices.most(r["peak_bytes"] for r in results.values()),
-            groups={name: float(np.mean(found)) for name, found in sorted(groups.items())},
+            groups={name: float(np.mean(_means(found))) for name, found in sorted(of_groups.items())},
             cut=self.cut,
             made_by=sorted({r["made_by"] for r in results.values()}),
         )
 
 
+def behind_thoughts(asked: str, text: str) -> str:
+    """What a model says when it has thought; "" where its thinking, begun by itself or by the prompt, was cut off."""
+    said = text.rpartition("</think>")[2]
+    begun = "<think>" in said or ("</think>" not in text and asked.rstrip().endswith("<think>"))
+    return "" if begun else said
+
+
 def seed_of(seed: int, sample: int) -> int:
     """What a sample's draws start from. The sum of the two would give runs with other seeds the same samples."""
     return int(np.random.SeedSequence((seed, sample)).generate_state(1)[0])
+
+
+def _means(scores: dict[str, list[float]]) -> list[float]:
+    return [float(np.mean(of_problem)) for of_problem in scores.values()]
 
 
 def _most_tokens(prompt: Prompt, new_tokens: tuple[int, ...]) -> int:
@@ -201,4 +226,4 @@ def _most_tokens(prompt: Prompt, new_tokens: tuple[int, ...]) -> int:
 
 def _tokens_seen(prompt: Prompt, answers: Sequence[Sequence[int]]) -> int:
     """Tokens that a prompt with its answers had; those between turns that one may stand for are counted twice."""
-    return num_tokens(prompt) + sum(map(len, answers))
+    return num_tokens(prompt) + sum(len(new) for new, told in zip(answers, prompt.told, strict=True) if not told)
