@@ -33,7 +33,7 @@ class EvalConfig:
     max_new_tokens: int | None = None  # answers: in place of what the task says
     query_aware: bool = False  # answers: False evicts from the context before the question is read
     context: int | None = None  # answers: tokens of prompt and answers; None: as many as the model was made to read
-    batch_size: int = 8  # answers: problems read together
+    batch_size: int = 8  # answers: problems read together, by all devices of a mesh
     prefill_chunk: int | None = None  # answers: prompt tokens read at a time; None reads a prompt in one pass
     enable_thinking: bool | None = None  # answers: given to the chat template; None leaves it to the template
     judge_url: str = ""  # longmemeval: OpenAI-compatible endpoint of the model that grades

@@ -198,6 +198,8 @@ def blocks(
     settings = _task_settings(config, (output or pathlib.Path()) / f"verdicts-{jax.process_index()}.jsonl")
     for task in config.tasks:
         try:
+            if tokenizer is None and task not in ("recall", "text"):
+                raise ValueError(f"task {task!r} needs the model's tokenizer")
             if task in TASKS:
                 if task == "perplexity":
                     sources.text(config.source_of[task])
@@ -206,11 +208,9 @@ def blocks(
                         streams.examples(task, config, data, length)
                 make = functools.partial(Streams, model, config, data, task, tokenizer=tokenizer)
                 found += [functools.partial(make, length=length) for length in config.lengths]
-            elif tokenizer is None:
-                raise ValueError(f"task {task!r} has text for answers, which needs the model's tokenizer")
-            else:
+            elif tokenizer is not None:
+                encode = functools.partial(tokenizer.encode, bos=False)
                 for length in config.lengths if load.has_lengths(task) else (None,):
-                    encode = functools.partial(tokenizer.encode, bos=False)
                     loaded = functools.partial(load.load, task, encode=encode, length=length or 0)
                     loaded(settings=settings._replace(limit=1))  # of a task that is made here, one prompt
                     of_task = functools.partial(loaded, settings=settings)

@@ -109,7 +109,7 @@ def compile_scorer(model: Decoder, tokens: Int[np.ndarray, "n T"], cache: CacheC
     n, T = tokens.shape
     batch = n + -n % devices.row_parts(model)
     filled = lambda rows: np.concatenate([rows, np.repeat(rows[-1:], batch - n, axis=0)])
-    asked = lambda scores: jax.tree.map(lambda a: np.asarray(a)[:n], scores)
+    asked = lambda scores: jax.tree.map(lambda a: sharding.on_host(a)[:n], scores)
     if cache is None:
         with sharding.enter_mesh_of(model):
             full = score_full.lower(model, filled(tokens)).compile()
