@@ -313,9 +313,7 @@ def test_wrong_sources_show_before_anything_is_evaluated(model, tmp_path, monkey
     sources = ("gsm8k=nowhere.jsonl", f"math500={tmp_path / 'math.jsonl'}", "ruler/qa_1=nothing.json")
     config = dataclasses.replace(SMALL, tasks=("recall", "gsm8k", "math500", "ruler/qa_1"), lengths=(512,))
     with pytest.raises(ValueError) as caught:
-        evaluate.run(
-            model, dataclasses.replace(config, sources=sources), DATA, tmp_path, make_tokenizer(tmp_path / "tokenizer")
-        )
+        evaluate.run(model, dataclasses.replace(config, sources=sources), DATA, tmp_path, make_tokenizer(tmp_path))
     told = str(caught.value)
     assert "'nowhere.jsonl' names no file" in told and "nothing.json" in told and "math.jsonl, row 1" in told
 
