@@ -91,8 +91,8 @@ CASES = [
     (1, 1, 4, 128, 300, jnp.bfloat16),
     (1, 1, 5, 96, 70, np.float32),
     (1, 2, 6, 64, 1, np.float32),
-    (1, 1, 3, 256, 20, np.float32),
-    (1, 1, 7, 64, 20, np.float32),
+    (1, 1, 3, 256, 40, np.float32),
+    (1, 1, 7, 64, 40, np.float32),
     (1, 1, 8, 64, 40, jnp.bfloat16),
 ]
 # Blocks of two stripes.
