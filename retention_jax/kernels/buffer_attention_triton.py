@@ -34,12 +34,12 @@ def buffer_attention(
     Sums are in float32. `blocks` are chosen by size where not given.
     """
     (B, T, N, H), (K, R), S = q.shape, recent_k.shape[1:3], pool_k.shape[1]
-    queries, recent_len = T * (N // K), jnp.clip(recent_len, 0, R)
+    queries = T * (N // K)
     if blocks is None:
         blocks = buffer_blocks(queries, H, q.dtype.itemsize)
     row_blocks = -(-queries // blocks.rows)
     P = max(1, -(-blocks.programs // (B * row_blocks)))
-    sizes = dict(T=T, N=N, K=K, H=H, HEAD=padded_head(H), P=P, KEYS=blocks.keys)
+    sizes = dict(T=T, N=N, K=K, H=H, HEAD=padded_head(H), R=R, P=P, KEYS=blocks.keys)
     # Without a window its arrays are any that are there: the kernel is compiled to read none of them.
     size, seen, pos = (recent_len,) * 3 if window is None else (window.size.reshape(1), window.seen, window.pool_pos)
     wide = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -48,7 +48,7 @@ def buffer_attention(
             kernel="buffer_attention_triton_kernels.attend",
             grid=(row_blocks, P, B),
             outputs=(wide(B, P + K - 1, queries, H), wide(B, P + K - 1, queries)),
-            constants=sizes | dict(S=S, R=R, ROWS=blocks.rows, SCALE=H**-0.5, WINDOWED=window is not None),
+            constants=sizes | dict(S=S, ROWS=blocks.rows, SCALE=H**-0.5, WINDOWED=window is not None),
             num_warps=blocks.num_warps,
             num_stages=2,
         ),

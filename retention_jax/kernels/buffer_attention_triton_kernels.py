@@ -41,6 +41,13 @@ def _fold(m, l, acc, queries, keys, values, visible, SCALE: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _live(recent_len, R: tl.constexpr):
+    """Tokens of a recent window of R that hold something."""
+    return tl.minimum(tl.maximum(tl.load(recent_len), 0), R)
+
+
+@triton.jit
+@no_type_check
 def _items(offset, recent_blocks, head, KEYS: tl.constexpr):
     """Blocks of a head's pool segment, and all of the head's items."""
     pool_blocks = tl.cdiv(tl.load(offset + head + 1) - tl.load(offset + head), KEYS)
@@ -66,15 +73,15 @@ def attend(
     kv_place = key[:, None] * H + h[None, :]
 
     offset += b * (K + 1)
-    length = tl.load(recent_len + b)
+    length = _live(recent_len + b, R)
     recent_blocks = tl.cdiv(length, KEYS)
     total = 0
     for head in range(K):
         total += _items(offset, recent_blocks, head, KEYS)[1]
     begin, end = program * total // P, (program + 1) * total // P
-    oldest, before_recent = row, length
+    oldest, recent_pos = row, length
     if WINDOWED:
-        before_recent = tl.load(seen + b) - length
+        recent_pos = tl.load(seen + b) - tl.load(recent_len + b)
         oldest = tl.load(seen + b) + row // G - tl.load(size) + 1
 
     before = 0
@@ -107,7 +114,7 @@ def attend(
                 values = tl.load(recent_v + ((b * K + head) * R + start) * H + kv_place, mask=in_kv, other=0.0)
                 visible = live[None, :]
                 if WINDOWED:
-                    visible = visible & ((before_recent + start + key)[None, :] >= oldest[:, None])
+                    visible = visible & ((recent_pos + start + key)[None, :] >= oldest[:, None])
                 m, l, acc = _fold(m, l, acc, queries, keys, values, visible, SCALE)
             part = (b * (P + K - 1) + program + head) * Q
             tl.store(out + part * H + row[:, None] * H + h[None, :], acc / tl.maximum(l, 1e-30)[:, None], mask=in_q)
@@ -118,8 +125,8 @@ def attend(
 @no_type_check
 def merge(
     part_out, part_lse, offset, recent_len, out, lse,
-    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, P: tl.constexpr,
-    KEYS: tl.constexpr, PARTS: tl.constexpr,
+    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, R: tl.constexpr,
+    P: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """`out [B, T, N, H]` and `lse [B, T, N]`: one query's partial softmaxes, merged in the order of the programs."""
     G: tl.constexpr = N // K
@@ -127,7 +134,7 @@ def merge(
     row, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     h, part = tl.arange(0, HEAD), tl.arange(0, PARTS)
     offset += b * (K + 1)
-    recent_blocks = tl.cdiv(tl.load(recent_len + b), KEYS)
+    recent_blocks = tl.cdiv(_live(recent_len + b, R), KEYS)
     total, before = 0, 0
     for other in range(K):
         items = _items(offset, recent_blocks, other, KEYS)[1]

@@ -51,7 +51,7 @@ def make(
 def with_window(x: dict[str, Any], seed: int, size: int) -> dict[str, Any]:
     """Positions for the keys of `make`: ascending in each head's segment, then the recent window's, then the new."""
     seen, pool_pos = np.array([60, 61, 200], np.int32), np.full((B, SLOTS), -1, np.int32)
-    for b, (offset, before) in enumerate(zip(x["offset"], seen - x["recent_len"], strict=True)):
+    for b, (offset, before) in enumerate(zip(x["offset"], seen - np.maximum(x["recent_len"], 0), strict=True)):
         for begin, end in itertools.pairwise(offset):
             rng = np.random.default_rng([seed, b, begin])
             pool_pos[b, begin:end] = np.sort(rng.integers(0, before, end - begin))
@@ -81,9 +81,9 @@ def dense(x: dict[str, Any], dtype: Any = np.float64) -> np.ndarray:
         values = np.concatenate([x["pool_v"][b, pool], x["recent_v"][b, h, recent], x["v"][b, : t + 1, h]])
         logits = keys @ q[b, t, n] * dtype(H**-0.5)
         if window is not None:
-            newest = window.seen[b] + t
-            near = np.arange(window.seen[b] - recent_len[b], newest + 1)
-            logits[newest - np.concatenate([window.pool_pos[b, pool], near]) >= window.size] = -np.inf
+            newest, first = window.seen[b] + t, window.seen[b] - x["recent_len"][b]
+            pos = [window.pool_pos[b, pool], first + np.arange(recent_len[b]), np.arange(window.seen[b], newest + 1)]
+            logits[newest - np.concatenate(pos) >= window.size] = -np.inf
         weights = np.exp(logits - logits.max())
         out[b, t, n] = weights @ values / weights.sum()
     return out
