@@ -106,20 +106,27 @@ def compile_programs(topology: str, names: list[str]) -> None:
     T = SIZES["qwen3"][0]
     programs["mass"] = mass_step, (shaped(f32, 1, LAYERS_AND_HEADS, T), shaped(i32, 1, T))
 
-    def held(batch, K, H, slots):
+    def held(batch, layers, K, H, slots):
         return dict(
             pool_k=shaped(bf16, batch, slots, H),
             pool_v=shaped(bf16, batch, slots, H),
             offset=shaped(i32, batch, K + 1),
-            recent_k=shaped(bf16, batch, K, WINDOW, H),
-            recent_v=shaped(bf16, batch, K, WINDOW, H),
-            recent_len=shaped(i32, batch),
+            recent_k=shaped(bf16, batch, layers, K, WINDOW, H),
+            recent_v=shaped(bf16, batch, layers, K, WINDOW, H),
+            recent_range=shaped(i32, batch, 2),
+            layer=shaped(i32),
         )
 
     read = lambda q, held: buffer_attention(q, **held)
     _, N, K, H = SIZES["qwen3"]
-    programs["decode"] = read, (shaped(bf16, DECODE_BATCH, 1, 40, H), held(DECODE_BATCH, K, H, 40 * K * DECODE_BUDGET))
-    programs["chunk"] = read, (shaped(bf16, 1, 1024, N, H), held(1, K, H, LAYERS_AND_HEADS * BUDGET))
+    programs["decode"] = (
+        read,
+        (shaped(bf16, DECODE_BATCH, 1, 40, H), held(DECODE_BATCH, 40, K, H, 40 * K * DECODE_BUDGET)),
+    )
+    programs["chunk"] = (
+        read,
+        (shaped(bf16, 1, 1024, N, H), held(1, LAYERS_AND_HEADS // K, K, H, LAYERS_AND_HEADS * BUDGET)),
+    )
     slots, new = LAYERS_AND_HEADS * BUDGET, LAYERS_AND_HEADS * WINDOW
     entries = [shaped(dtype, 1, slots + new) for dtype in (f32, i32, i32, jnp.bool_)]
     rows = shaped(bf16, 1, slots, H), shaped(bf16, 1, new, H)
