@@ -16,6 +16,7 @@ class Chip(NamedTuple):
     bandwidth: float  # bytes/s between HBM and chip
     memory: float  # bytes of HBM
     ici: float  # bytes/s that it sends to its two neighbours along one axis of the torus
+    devices: int = 1  # JAX devices of a chip, which is what has a price
 
 
 GIB = 2**30
@@ -23,7 +24,7 @@ CHIPS = {
     "v5e": Chip(flops=197e12, bandwidth=819e9, memory=16 * GIB, ici=100e9),
     "v5p": Chip(flops=459e12, bandwidth=2765e9, memory=95 * GIB, ici=200e9),
     "v6e": Chip(flops=918e12, bandwidth=1638e9, memory=32 * GIB, ici=200e9),
-    "tpu7x": Chip(flops=2307e12 / 2, bandwidth=7380e9 / 2, memory=192 * GIB / 2, ici=200e9 / 2),
+    "tpu7x": Chip(flops=2307e12 / 2, bandwidth=7380e9 / 2, memory=192 * GIB / 2, ici=200e9 / 2, devices=2),
 }
 
 

@@ -1,9 +1,10 @@
 """What one device does in a compiled program, read from its HLO text: FLOPs, bytes of HBM, collectives.
 
 XLA's own cost analysis counts the body of a loop once and knows no collectives. Here a body counts as often as the
-loop's condition says. A fusion reads its operands once and writes its result once, of an operand that it only slices
-the slices; what the compiler keeps in on-chip memory is no traffic; a Pallas kernel costs what its `pl.CostEstimate`
-says. All of it is an estimate.
+loop's condition says, or as the caller does of a loop whose length depends on data; of a conditional counts the branch
+that moves the fewest bytes of HBM, so that a time made of all this is a floor. A fusion reads its operands once and
+writes its result once, of an operand that it only slices the slices; what the compiler keeps in on-chip memory is no
+traffic; a Pallas kernel costs what its `pl.CostEstimate` says. All of it is an estimate.
 """
 
 import collections
@@ -11,6 +12,7 @@ import math
 import pathlib
 import re
 import tempfile
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -59,7 +61,12 @@ class Cost(NamedTuple):
     flops: float  # of matrix products, as bfloat16 ones
     bytes: float  # to and from HBM
     collectives: list[Collective]
-    unknown_loops: int  # whose length is known only when they run; counted once
+    unknown_loops: int  # whose length is known only when they run, and which nobody told; counted once
+
+    @property
+    def sent(self) -> float:
+        """Bytes that the device sends over its links."""
+        return sum(c.sent for c in self.collectives)
 
 
 def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
@@ -71,9 +78,27 @@ def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
     return program, max(texts, key=len)
 
 
-def cost(text: str) -> Cost:
-    """The cost of a program, from its HLO text."""
-    return _Counter(*parse(text)).total()
+def cost(text: str, trips: Mapping[str, int] | None = None) -> Cost:
+    """The cost of a program, from its HLO text.
+
+    `trips`: how often loops run whose length depends on data, by the `jax.named_scope` that they stand in.
+    """
+    computations, entry = parse(text)
+    counter = _Counter(computations, trips or {})
+    counter.run(entry, 1, entry, fused=False)
+    return counter.total()
+
+
+def combined(*terms: tuple[float, Cost]) -> Cost:
+    """The sum of costs of one program, each so many times."""
+    sums: dict[tuple[str, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    for times, term in terms:
+        for c in term.collectives:
+            sums[c.kind, c.devices][0] += times * c.count
+            sums[c.kind, c.devices][1] += times * c.sent
+    found = [Collective(*key, *counted) for key, counted in sorted(sums.items()) if counted[0]]
+    total = lambda field: sum(times * getattr(term, field) for times, term in terms)
+    return Cost(total("flops"), total("bytes"), found, max(term.unknown_loops for _, term in terms))
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -107,6 +132,15 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
+def _elements(shape: str) -> list[str]:
+    """The parts of a tuple's shape."""
+    parts, depth = [""], 0
+    for c in shape[1:-1]:
+        depth += (c in "([{") - (c in ")]}")
+        parts = [*parts, ""] if c == "," and not depth else [*parts[:-1], parts[-1] + c]
+    return parts
+
+
 def dims(shape: str) -> list[int]:
     """The axes of the first array in a result."""
     match = _ARRAY.search(shape)
@@ -120,30 +154,29 @@ def nbytes(shape: str, *, on_chip: bool = False) -> float:
 
 
 class _Counter:
-    def __init__(self, computations: dict[str, Computation], entry: str):
-        self.computations, self.entry = computations, entry
+    def __init__(self, computations: dict[str, Computation], trips: Mapping[str, int]):
+        self.computations, self.trips = computations, trips
         self.flops = self.bytes = 0.0
         self.unknown: set[str] = set()
         # By loop and channel: an asynchronous collective stands in several computations of a loop's body.
         self.collectives: dict[tuple[str, str], tuple[str, int, float, float]] = {}
 
     def total(self) -> Cost:
-        self._run(self.entry, 1, self.entry, fused=False)
         sums: dict[tuple[str, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
         for kind, devices, times, sent in self.collectives.values():
             sums[kind, devices][0] += times
             sums[kind, devices][1] += times * sent
-        found = [Collective(*key, *counted) for key, counted in sorted(sums.items())]
+        found = [Collective(*key, *counted) for key, counted in sorted(sums.items()) if counted[0]]
         return Cost(self.flops, self.bytes, found, len(self.unknown))
 
-    def _run(self, name: str, times: float, loop: str, *, fused: bool) -> None:
+    def run(self, name: str, times: float, loop: str, *, fused: bool) -> None:
         """Adds a computation that runs so many times, in a loop; in a fusion nothing but its ends is in HBM."""
         within = self.computations[name]
         for i in within.values():
             kind = i.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 channel = re.search(r"channel_id=(\d+)", i.attributes)
-                sent = _group_and_sent(kind, i)
+                sent = group_and_sent(kind, i)
                 self.collectives[loop, channel[1] if channel else i.name] = (kind, sent[0], times, sent[1])
             elif i.opcode == "convolution":
                 self.flops += times * _convolution(i, within)
@@ -152,30 +185,43 @@ class _Counter:
             self.flops += times * (_estimated(i, "flops") or 0)
             if body := i.called("body"):
                 trips = self._trips(i)
-                self.unknown |= set() if trips else {body}
-                self._run(body, times * (trips or 1), body, fused=fused)
+                self.unknown |= {body} if trips is None else set()
+                self.run(body, times * (1 if trips is None else trips), body, fused=fused)
             elif i.opcode == "conditional":
-                for branch in re.findall(r"%([\w.\-]+)", i.attributes.partition("}")[0]):
-                    self._run(branch, times, loop, fused=fused)
+                branches = re.findall(r"%([\w.\-]+)", i.attributes.partition("}")[0])
+                self._add_cheapest(branches, times, loop, fused=fused)
             elif i.opcode == "call":
-                self._run(str(i.called("to_apply")), times, loop, fused=fused)
+                self.run(str(i.called("to_apply")), times, loop, fused=fused)
             else:
                 if inner := i.called("calls"):
-                    self._run(inner, times, loop, fused=True)
+                    self.run(inner, times, loop, fused=True)
                 if not fused:
                     self.bytes += times * self._traffic(i, within)
 
-    def _trips(self, loop: Instruction) -> int:
-        """How often a loop runs: as the compiler noted, or as a condition says that compares a counter with a constant;
-        0 where it does anything else."""
+    def _add_cheapest(self, branches: list[str], times: float, loop: str, *, fused: bool) -> None:
+        """Adds the branch of a conditional that moves the fewest bytes of HBM."""
+        counted = [_Counter(self.computations, self.trips) for _ in branches]
+        for counter, branch in zip(counted, branches, strict=True):
+            counter.run(branch, times, loop, fused=fused)
+        least = min(counted, key=lambda counter: (counter.bytes, counter.flops))
+        self.flops += least.flops
+        self.bytes += least.bytes
+        self.unknown |= least.unknown
+        self.collectives |= least.collectives
+
+    def _trips(self, loop: Instruction) -> int | None:
+        """How often a loop runs: as the compiler noted, as a condition says that compares a counter with a constant,
+        or as the caller says of its scope; None where nobody knows."""
         if noted := re.search(r'"known_trip_count":{"n":"(\d+)"', loop.attributes):
             return int(noted[1])
         condition = self.computations[str(loop.called("condition"))]
         *_, root = condition.values()
-        if root.opcode != "compare" or "direction=LT" not in root.attributes:
-            return 0
-        bound = condition[root.operands[1]]
-        return int(bound.inputs) if bound.opcode == "constant" else 0
+        if root.opcode == "compare" and "direction=LT" in root.attributes:
+            bound = condition[root.operands[1]]
+            if bound.opcode == "constant":
+                return int(bound.inputs)
+        scope = re.search(r'op_name="[^"]*?([^/"]+)/while"', loop.attributes)
+        return self.trips.get(scope[1]) if scope else None
 
     def _traffic(self, i: Instruction, within: Computation) -> float:
         """Bytes of HBM that an instruction reads and writes."""
@@ -232,11 +278,12 @@ def _read_in_slices(parameter: Instruction, within: Computation, computations: d
     return total
 
 
-def _group_and_sent(kind: str, i: Instruction) -> tuple[int, float]:
+def group_and_sent(kind: str, i: Instruction) -> tuple[int, float]:
     """Devices in a collective's group, and the bytes that each of them sends, on a ring."""
     n = _group(i.attributes)
-    arrays = [nbytes(match[0], on_chip=True) for match in _ARRAY.finditer(i.result)]
-    whole = max(arrays) if i.opcode.endswith("-start") else sum(arrays)
+    # What starts an all-gather or a permutation hands on (operands, results, ...), each an array or a tuple of them.
+    handed_on = i.opcode in ("all-gather-start", "collective-permute-start")
+    whole = nbytes(_elements(i.result)[1] if handed_on else i.result, on_chip=True)
     sent = {"all-reduce": 2 * whole * (n - 1) / n, "reduce-scatter": whole * (n - 1), "collective-permute": whole}
     return n, sent.get(kind, whole * (n - 1) / n)
 

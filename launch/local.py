@@ -4,11 +4,19 @@
         python -m retention_jax.train --config=configs/recall.py --workdir=runs/recall
 
 The command gets `--coordinator_address`, `--num_processes` and `--process_id`; its output is told apart by `[process]`.
-When a process dies the others may wait for it for ever, so they are killed: checkpoints are whole at any time. SIGTERM
-and SIGINT are passed on, so that the run saves and ends.
+When a process dies the others may wait for it for ever, so they are killed: checkpoints are whole at any time. A second
+failure in a row within a minute of the start is the last: a wrong set-up would only fail again. SIGTERM and SIGINT are
+passed on, so that the run saves and ends.
+
+The exit status is 0 where all ended well, 128 + signal where one that we passed on stopped them, otherwise that of the
+process that failed, or 137 where one still ran at the end of the grace period.
 """
 
+import collections
+import contextlib
+import ctypes
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -16,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from absl import app, flags
 
@@ -25,15 +34,26 @@ _RESTARTS = flags.DEFINE_integer("max_restarts", 3, "How often all are started a
 _GRACE = flags.DEFINE_integer("grace", 60, "Seconds from a signal to the kill.", lower_bound=0)
 
 _POLL = 0.1  # seconds
+_SOON = 60  # seconds; a failure within them is one at the start
+_LIBC = ctypes.CDLL(None)
+_writing = threading.Lock()
 
 
-def start(command: Sequence[str], processes: int, devices: int) -> list[subprocess.Popen]:
+class Running(NamedTuple):
+    """A process, and what reads its output."""
+
+    process: subprocess.Popen[bytes]
+    reader: threading.Thread
+    last: collections.deque[str]  # the last line it wrote, if any
+
+
+def start(command: Sequence[str], processes: int, devices: int) -> list[Running]:
     """All processes of the command, each writing its lines to our output."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags, "PYTHONUNBUFFERED": "1"}
-    running = []
+    started = []
     for i in range(processes):
         told = (f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={i}")
         process = subprocess.Popen(
@@ -41,33 +61,49 @@ def start(command: Sequence[str], processes: int, devices: int) -> list[subproce
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
             start_new_session=True,  # a Ctrl-C reaches us alone, and we pass it on once
+            preexec_fn=_die_with_launcher if sys.platform == "linux" else None,
         )
-        threading.Thread(target=_forward, args=(i, process), daemon=True).start()
-        running.append(process)
+        started.append(process)
         say(f"process {i} is {process.pid}")
+    running = []
+    for i, process in enumerate(started):  # after the forks, which do not go well with threads
+        last = collections.deque[str](maxlen=1)
+        reader = threading.Thread(target=_forward, args=(i, process, last), daemon=True)
+        reader.start()
+        running.append(Running(process, reader, last))
     return running
 
 
-def _forward(i: int, process: subprocess.Popen) -> None:
+def _die_with_launcher() -> None:
+    """Has the kernel kill this process when ours is gone, even by SIGKILL."""
+    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _forward(i: int, process: subprocess.Popen[bytes], last: collections.deque[str]) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        sys.stdout.write(f"[{i}] {line}")
-        sys.stdout.flush()
+    chunk, rest = b"start", b""
+    while chunk:
+        select.select([process.stdout], [], [])
+        time.sleep(_POLL)  # so that what belongs together, as a traceback, comes in one piece
+        chunk = os.read(process.stdout.fileno(), 1 << 16)
+        *whole, rest = (rest + chunk).split(b"\n")
+        lines = [line.decode(errors="replace") for line in whole + [rest] * bool(rest and not chunk)]
+        _write("".join(f"[{i}] {line}\n" for line in lines))
+        last.extend(line for line in lines if line.strip())
 
 
-def kill(running: Sequence[subprocess.Popen]) -> None:
-    """Ends what still runs, with everything it started, and waits for it."""
-    for process in running:
-        if process.poll() is None:
+def kill(running: Sequence[Running]) -> None:
+    """Ends what still runs, with everything it started, and waits for it and for its last lines."""
+    for process, reader, _ in running:
+        with contextlib.suppress(ProcessLookupError):  # nothing is left of it
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        reader.join(timeout=5)  # a process that left the group may keep the pipe open
 
 
-def supervise(running: Sequence[subprocess.Popen], asked: list[int]) -> int:
-    """Waits for the end of all. 0, or the exit status of the first that failed; none runs any more.
+def supervise(running: Sequence[Running], asked: list[int]) -> int:
+    """Waits for the end of all; none runs any more. The exit status, as above.
 
     Args:
       running: the processes.
@@ -75,24 +111,44 @@ def supervise(running: Sequence[subprocess.Popen], asked: list[int]) -> int:
     """
     deadline = None
     while True:
-        states = [process.poll() for process in running]
+        states = [process.poll() for process, _, _ in running]
         if asked and deadline is None:
             deadline = time.monotonic() + _GRACE.value
-            for process in running:
+            for process, _, _ in running:
                 if process.poll() is None:
                     process.send_signal(asked[0])
-        failed = [(i, status) for i, status in enumerate(states) if status]
-        over = deadline is not None and time.monotonic() > deadline
-        if all(status is not None for status in states) or over or (failed and deadline is None):
-            kill(running)
-            if failed:
-                say(f"process {failed[0][0]} ended with status {failed[0][1]}")
-            return failed[0][1] or 1 if failed else int(over)
+        stopped = {128 + asked[0], -asked[0]} if asked else set()
+        failed = {i: status for i, status in enumerate(states) if status and status not in stopped}
+        late = [i for i, status in enumerate(states) if status is None]
+        if not late or (failed if deadline is None else time.monotonic() > deadline):
+            break
         time.sleep(_POLL)
+    kill(running)
+    for i, status in failed.items():
+        error = f": {running[i].last[0]}" if status > 0 and running[i].last else ""
+        say(f"process {i} ended with status {status}{error}")
+    if deadline is not None and late:
+        say(f"{_GRACE.value} s after the signal processes {late} still ran, and were killed")
+    if failed:
+        return _as_shell(next(iter(failed.values())))
+    if late:
+        return 128 + signal.SIGKILL
+    return max(_as_shell(status) for status in states if status is not None)
+
+
+def _as_shell(status: int) -> int:
+    """An exit status as shells count it: 128 + n for signal n."""
+    return 128 - status if status < 0 else status
 
 
 def say(text: str) -> None:
-    print(f"[launcher] {text}", flush=True)
+    _write(f"[launcher] {text}\n")
+
+
+def _write(text: str) -> None:
+    with _writing:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def main(argv: list[str]) -> int:
@@ -101,15 +157,19 @@ def main(argv: list[str]) -> int:
         raise app.UsageError("give the command after --")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: asked.append(number))
+    failed_soon = 0  # in a row
     for attempt in range(_RESTARTS.value + 1):
         if attempt:
             say(f"starting all {_PROCESSES.value} again, {attempt} of {_RESTARTS.value}")
+        began = time.monotonic()
         status = supervise(start(command, _PROCESSES.value, _DEVICES.value), asked)
-        if asked:
-            return 128 + asked[0]
-        if status == 0:
-            return 0
-    return 1
+        if asked or status == 0:
+            return status
+        failed_soon = failed_soon + 1 if time.monotonic() - began < _SOON else 0
+        if failed_soon == 2 and attempt < _RESTARTS.value:
+            say(f"failed twice within {_SOON} s of the start: not started again")
+            break
+    return status
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 #   sbatch --nodes=2 launch/slurm.sh --config=configs/qwen3_4b_long.py --workdir=/shared/runs/one
 #   bash launch/slurm.sh --dry_run --config=... --workdir=...     prints the commands only
 #
-# Before the time limit and on preemption every process gets SIGTERM, saves and ends; the job is queued again and goes on
-# from there. A crash ends all processes and queues the job again too, up to three times.
+# Before the time limit and on preemption every process gets SIGTERM, saves and ends; the job is queued again, to go on
+# from there. After a crash all processes end within half a minute; the job is queued again too, up to three times (see
+# slurm-JOB.crashes). scancel ends the job for good.
 #
 # One process for each GPU, which is how jax reads a SLURM step; each sees all GPUs of its node and takes its own.
 #SBATCH --job-name=retention_jax
@@ -26,10 +27,20 @@ do_() {
   if [ -n "$dry_run" ]; then printf '%q ' "$@"; echo; else "$@"; fi
 }
 
-do_ srun --kill-on-bad-exit=1 --label .venv/bin/python -m retention_jax.train "$@"
+job=${SLURM_JOB_ID:-JOB}
+# The processes notice a dead one themselves; were SLURM to end them, it would look like SIGTERM at the time limit. srun
+# does not take the CPUs of a task from sbatch.
+do_ srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --label \
+  .venv/bin/python -m retention_jax.train "$@"
 status=$?
-# 143: stopped by SIGTERM, saved.
-if [ -n "$dry_run" ] || [ $status -eq 143 ] || { [ $status -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; }; then
-  do_ scontrol requeue "${SLURM_JOB_ID:-JOB}"
-fi
-exit $status
+[ -z "$dry_run" ] || status=143
+case $status in
+  0) ;;
+  143) do_ scontrol requeue "$job" ;;  # stopped by SIGTERM, saved
+  *)
+    # Not SLURM_RESTART_COUNT: it counts the requeues at the time limit too.
+    echo "$(date) status $status" >>"slurm-$job.crashes"
+    if [ "$(wc -l <"slurm-$job.crashes")" -le 3 ]; then do_ scontrol requeue "$job"; fi
+    ;;
+esac
+[ -n "$dry_run" ] || exit "$status"

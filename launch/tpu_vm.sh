@@ -13,8 +13,10 @@
 # bucket B at ~/retention_jax/bucket: all workers need one folder for checkpoints. (Make the bucket with
 # --uniform-bucket-level-access --enable-hierarchical-namespace, so that renaming a folder is atomic.) run starts the
 # training on all workers and comes back; where a worker dies all end within half a minute, and each starts again, up to
-# --max_restarts times. stop saves a checkpoint and ends the run. resume makes a preempted slice anew, installs and runs;
-# the run goes on from its newest checkpoint. --project=P goes with everything; --dry_run prints the commands only.
+# --max_restarts times, but not after two failures in a row within a minute of the start: a wrong set-up would only fail
+# again. stop saves a checkpoint and ends the run. resume waits for a slice that is still in the queue and makes a
+# preempted or failed one anew, installs and runs; the run goes on from its newest checkpoint. --project=P goes with
+# everything; --dry_run prints the commands only, those of resume for a preempted slice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -50,30 +52,45 @@ do_() {
 tpus() { do_ gcloud compute tpus "$@" "${where[@]}"; }
 on_all() { tpus tpu-vm ssh "$name" --worker=all --command="$1"; }
 
-state() {
-  gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo NONE
+# Nothing where there is no such slice. A list: describe fails alike without the slice and without the network.
+state() { tpus queued-resources list --filter="name~/$name\$" --format='value(state.state)'; }
+
+# Waits until the state is one of the arguments, NONE for no slice, and sets $now to it; to the first in a dry run.
+await() {
+  if [ -n "$dry_run" ]; then state; now=$1; return; fi
+  local wanted
+  while :; do
+    if now=$(state); then
+      now=${now:-NONE}
+      for wanted; do [ "$now" != "$wanted" ] || return 0; done
+      echo "$name: $now"
+    fi
+    sleep 30
+  done
 }
 
 create() {
   [ -n "$type" ] && [ -n "$version" ] || die "create needs --type and --version"
   tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$type" --runtime-version="$version" \
     ${spot:+--spot}
-  [ -z "$dry_run" ] || return 0
-  local now
-  until now=$(state); [ "$now" = ACTIVE ]; do
-    case $now in FAILED | SUSPENDED | NONE) die "the queued resource $name is $now" ;; esac
-    echo "$name: $now"
-    sleep 30
-  done
+  await ACTIVE FAILED SUSPENDED NONE
+  [ "$now" = ACTIVE ] || die "the queued resource $name is $now"
 }
+
+delete() { tpus queued-resources delete "$name" --force --quiet; }
+
+# On a worker: a run is a process group, which holds the lock as long as any of it lives. Its leader starts it again.
+going_on='! flock --nonblock lock true'
 
 install() {
   [ -n "$bucket" ] || die "install needs --bucket"
   do_ git archive --format=tar.gz --output=/tmp/retention_jax.tar.gz HEAD
   tpus tpu-vm scp /tmp/retention_jax.tar.gz "$name:/tmp/retention_jax.tar.gz" --worker=all
-  # gcsfuse forgets after a second what was not in the bucket, so that workers see each other's files.
+  # gcsfuse forgets after a second what is in the bucket, and at once what is not: workers see each other's files.
   on_all "set -e
-    mkdir -p ~/retention_jax/bucket && cd ~/retention_jax && tar -xzf /tmp/retention_jax.tar.gz
+    mkdir -p ~/retention_jax/bucket && cd ~/retention_jax
+    if $going_on; then echo 'a run is going on: stop it first' >&2; exit 1; fi
+    tar -xzf /tmp/retention_jax.tar.gz
     command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
     export PATH=\$HOME/.local/bin:\$PATH
     [ -d .venv ] || uv venv --quiet --python=3.12 .venv
@@ -83,7 +100,7 @@ install() {
       echo \"deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
       sudo apt-get update -q && sudo apt-get install -qy gcsfuse
     fi
-    mountpoint -q bucket || gcsfuse --implicit-dirs --metadata-cache-ttl-secs=1 $(printf '%q' "$bucket") bucket"
+    mountpoint -q bucket || gcsfuse --implicit-dirs --metadata-cache-ttl-secs=1 --metadata-cache-negative-ttl-secs=0 $(printf '%q' "$bucket") bucket"
 }
 
 run() {
@@ -91,13 +108,18 @@ run() {
   local arguments
   arguments=$(printf '%q ' "$@")
   # A run that a signal stopped ends with 143 and stays ended. The loop runs on without the connection.
-  on_all "cd ~/retention_jax
-    if [ -e pid ] && kill -0 \$(cat pid) 2>/dev/null; then echo 'a run is going on'; exit 0; fi
-    nohup setsid bash -c 'for attempt in \$(seq 0 $max_restarts); do
+  on_all "cd ~/retention_jax || exit
+    if $going_on; then echo 'a run is going on'; exit 0; fi
+    nohup flock --nonblock lock setsid bash -c 'echo \$\$ >pid
+      for attempt in \$(seq 0 $max_restarts); do
+        began=\$SECONDS
         .venv/bin/python -m retention_jax.train \"\$@\"; status=\$?
         case \$status in 0 | 143) exit \$status;; esac
-        echo \"attempt \$attempt ended with status \$status\"; sleep 10
-      done' train $arguments >>train.log 2>&1 </dev/null & echo \$! >pid"
+        echo \"attempt \$attempt ended with status \$status\"
+        if [ \$((SECONDS - began)) -ge 60 ]; then soon=0; else soon=\$((\${soon:-0} + 1)); fi
+        if [ \$soon = 2 ]; then echo \"failed twice within a minute of the start\"; exit \$status; fi
+        sleep 10
+      done' train $arguments >>train.log 2>&1 </dev/null &"
 }
 
 case $action in
@@ -105,16 +127,14 @@ case $action in
   install) install ;;
   run) run "$@" ;;
   logs) tpus tpu-vm ssh "$name" --worker=0 --command='tail -n 100 -F ~/retention_jax/train.log' ;;
-  stop) on_all 'pkill -TERM -f -- "^.venv/bin/python -m retention_jax.train" || true' ;;
+  stop) on_all "cd ~/retention_jax && if $going_on; then kill -TERM -- -\$(cat pid); fi" ;;
   resume)
-    if [ -n "$dry_run" ]; then now=SUSPENDED; else now=$(state); fi
-    if [ "$now" != ACTIVE ]; then
-      [ "$now" = NONE ] || tpus queued-resources delete "$name" --force --quiet
-      create
-      install
-    fi
+    await SUSPENDED FAILED ACTIVE NONE
+    case $now in SUSPENDED | FAILED) delete ;; esac
+    [ "$now" = ACTIVE ] || create
+    install
     run "$@"
     ;;
-  delete) tpus queued-resources delete "$name" --force --quiet ;;
+  delete) delete ;;
   *) usage ;;
 esac

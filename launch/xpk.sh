@@ -9,8 +9,10 @@
 #   launch/xpk.sh delete  --cluster=C --zone=Z --project=P
 #
 # create makes the cluster and mounts the bucket B at /bucket in every workload: all processes need one folder for
-# checkpoints. run puts this repository into an image and starts it; when a pod dies or is preempted GKE starts all again,
-# up to --max_restarts times, from the newest checkpoint. --dry_run prints the commands only.
+# checkpoints. run puts this repository into an image and starts it; when a pod is preempted or killed GKE starts all
+# again, up to --max_restarts times, from the newest checkpoint. An error that the training raises itself, as of a wrong
+# set-up, has exit status 1 and ends the workload. stop leaves pods five minutes to save. --dry_run prints the commands
+# only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -52,14 +54,17 @@ case $action in
     do_ xpk cluster create "${where[@]}" --tpu-type="$type" --num-slices="$slices" "$capacity" \
       --enable-workload-identity --enable-gcsfuse-csi-driver
     do_ xpk storage attach retention-jax "${where[@]}" --type=gcsfuse --bucket="$bucket" --mount-point=/bucket \
-      --readonly=false --auto-mount=true --size=1000
+      --readonly=false --auto-mount=true --size=1000 \
+      --mount-options=implicit-dirs,metadata-cache:ttl-secs:1,metadata-cache:negative-ttl-secs:0
     ;;
   run)
     need type; need workload
     [ $# -gt 0 ] || die "run needs the training's arguments after --"
+    # exec: xpk passes SIGTERM on to the shell around the command alone.
     do_ xpk workload create "${where[@]}" --workload="$workload" --tpu-type="$type" --num-slices="$slices" \
       --base-docker-image=python:3.12 --script-dir="$PWD" --max-restarts="$max_restarts" \
-      --command="pip install --quiet --editable '.[tpu]' && python -m retention_jax.train$(printf ' %q' "$@")"
+      --termination-grace-period-seconds=300 \
+      --command="pip install --quiet --editable '.[tpu]' && exec python -m retention_jax.train$(printf ' %q' "$@")"
     ;;
   logs)
     need workload

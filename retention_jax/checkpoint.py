@@ -3,8 +3,10 @@
 A checkpoint is written beside its final name and renamed when it is complete, so a crash never leaves half of one.
 """
 
+import functools
 import json
 import pathlib
+import re
 import secrets
 import shutil
 import time
@@ -49,16 +51,18 @@ def restore_latest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
     """The newest checkpoint that can be read, laid out like `like` on whatever mesh that is; None when there is none.
 
     Newer ones that are damaged are named in a warning and set aside as `STEP.damaged`, so that their steps can be saved
-    again. All processes restore the same one: what one of them cannot read is damaged for all.
+    again. All processes restore the same one: what one of them finds damaged is damaged for all. Whatever else keeps
+    one from reading, such as a disk that fails or memory that runs out, ends the run and sets nothing aside.
 
     Raises:
       ValueError: when every checkpoint is damaged, or the newest that can be read is of another model.
+      Exception: what reading raises beside damage, and RuntimeError in the other processes.
     """
     steps = json.loads(distributed.gather(json.dumps(sorted(manager.all_steps(), reverse=True)))[0])
     damaged: dict[pathlib.Path, str] = {}
     for step in steps:
         where = pathlib.Path(manager.directory) / str(step)
-        restored, problem = _restore(where, like)
+        restored, problem = distributed.together(functools.partial(_restore, where, like))
         problem = next((p for p in distributed.gather(problem) if p), "")
         if restored is not None and not problem:
             for path, reason in damaged.items():
@@ -81,10 +85,11 @@ def _set_aside(path: pathlib.Path) -> None:
 
 
 def _restore(where: pathlib.Path, like: TrainState) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
-    """A checkpoint and "", or None and why this process cannot read it. Waits for no other process.
+    """A checkpoint and "", or None and what this process finds damaged. Waits for no other process.
 
     Raises:
       ValueError: when it is of another model.
+      Exception: whatever else keeps it from being read.
     """
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
@@ -96,8 +101,8 @@ def _restore(where: pathlib.Path, like: TrainState) -> tuple[tuple[TrainState, d
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         try:
             saved = _shapes_of_saved(handler, where / "state")
-        except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds for a damaged file
-            return None, _said(error)
+        except Exception as error:
+            return None, _damage(error)
         # Before any array is read: Orbax names one array that does not fit, and leaves its other reads running.
         ours = {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(like.params)}
         if differing := [n for n in sorted(saved.keys() | ours.keys()) if saved.get(n) != ours.get(n)]:
@@ -107,11 +112,23 @@ def _restore(where: pathlib.Path, like: TrainState) -> tuple[tuple[TrainState, d
             state = checkpointer.restore(where / "state", args=ocp.args.StandardRestore(target))
             return (TrainState(**state), json.loads((where / "data" / "metadata").read_text())), ""
         except Exception as error:
-            return None, _said(error)
+            return None, _damage(error)
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+# How TensorStore, whose errors are ValueErrors, begins what it says of files that are missing, cut off or garbled. With
+# UNKNOWN it tells of I/O errors, with RESOURCE_EXHAUSTED, UNAVAILABLE, PERMISSION_DENIED of what they say.
+_DAMAGED = re.compile("(NOT_FOUND|OUT_OF_RANGE|DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT): ")
+
+
+def _damage(error: Exception) -> str:
+    """What an error while reading says if a file is missing, cut off or garbled; raises any other error as it is."""
+    cause: BaseException | None = error
+    while cause is not None:  # Orbax wraps what TensorStore says of an array
+        garbled = isinstance(cause, ValueError) and _DAMAGED.match(str(cause))
+        if garbled or isinstance(cause, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError):
+            return f"{type(error).__name__}: {error}"
+        cause = cause.__cause__
+    raise error
 
 
 def _shapes_of_saved(handler: ocp.StandardCheckpointHandler, where: pathlib.Path) -> dict[str, tuple[int, ...]]:
@@ -127,23 +144,41 @@ def _shapes_of_saved(handler: ocp.StandardCheckpointHandler, where: pathlib.Path
 _SEEN_WITHIN = 10.0
 
 
+# Fields, or groups of them, of which a run's numbers do not depend beyond rounding: where and how fast it is computed,
+# how often it is saved and told of. So a run may go on with other ones, on what devices there are.
+_FREE = (
+    "mesh",
+    "remat",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "profile_start",
+    "profile_steps",
+    "data.cache_dir",
+)
+
+
 def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
-    """Writes the configuration into a new workdir, or checks that an old one belongs to the same.
+    """Writes the configuration into a new workdir, or checks that an old one belongs to the same, `_FREE` fields apart.
 
     Raises:
-      ValueError: when processes were started with different configurations, when they do not share the workdir, and
-        when it was made with another configuration; every field that differs is listed.
+      ValueError: when processes do not share the workdir, and when it was made with another configuration; every field
+        that differs is listed.
+      OSError: when the workdir cannot be written; RuntimeError in processes other than the one that found out.
     """
-    ours = json.loads(json.dumps(config_io.to_dict(config)))
-    agree_on(ours)
     share(workdir)
+    distributed.together(lambda: _claim(workdir, json.loads(json.dumps(config_io.to_dict(config)))))
+
+
+def _claim(workdir: pathlib.Path, ours: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if path.exists():
         try:
             theirs = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not valid JSON: {error}") from error
-        if changes := differing(theirs, ours):
+        free = lambda name: any(name == field or name.startswith(f"{field}.") for field in _FREE)
+        if changes := [change for change in distributed.differing(theirs, ours) if not free(change[0])]:
             raise ValueError(
                 f"{workdir} belongs to another configuration; give another --workdir, or go back to: "
                 + ", ".join(f"{name}={before!r} (now {now!r})" for name, before, now in changes)
@@ -152,25 +187,21 @@ def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
         files.write_atomically(path, lambda p: p.write_text(json.dumps(ours, indent=2)))
 
 
-def agree_on(values: dict[str, Any]) -> None:
-    """Raises ValueError, on every process alike, where processes have different values; says which, and whose."""
-    first, *others = map(json.loads, distributed.gather(json.dumps(values)))
-    problems = [
-        f"{name} is {mine!r} in process 0 and {other!r} in process {i}"
-        for i, theirs in enumerate(others, start=1)
-        for name, mine, other in differing(first, theirs)
-    ]
-    if problems:
-        raise ValueError("processes were started with different configurations: " + "; ".join(problems))
-
-
 def share(workdir: pathlib.Path) -> None:
-    """Raises ValueError, on every process alike, where some do not see what process 0 writes into the workdir."""
+    """Makes the workdir, and finds out whether all processes see what process 0 writes there.
+
+    Raises:
+      ValueError: on every process alike, when some do not.
+      OSError: in process 0 when it cannot be written; RuntimeError in the others.
+    """
     token = workdir / f".shared-{distributed.gather(secrets.token_hex(8))[0]}"
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        token.touch()
-    distributed.gather("")
+
+    def write() -> None:
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            token.touch()
+
+    distributed.together(write)
     until = time.monotonic() + _SEEN_WITHIN
     while not (seen := token.exists()) and time.monotonic() < until:
         time.sleep(0.2)
@@ -182,16 +213,3 @@ def share(workdir: pathlib.Path) -> None:
             "the run's folder must be one that all processes share; what process 0 wrote is not in "
             + ", ".join(f"{where} of process {i}" for i, where in blind.items())
         )
-
-
-def differing(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Names and both values of what differs in two nested objects."""
-    a, b = _flat(before), _flat(now)
-    return [(name, a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -296,13 +296,28 @@ def _decode_run(model, newest, done, buffer, start, key, row_ids, drawing, stop_
         return ~jnp.all(s.done) & (s.step - start < run)
 
     def until_eviction(s: _Run) -> _Run:
-        s = jax.lax.while_loop(lambda s: goes_on(s) & ~_is_full(s.buffer), one_token, s)
+        with jax.named_scope("tokens"):
+            s = jax.lax.while_loop(lambda s: goes_on(s) & ~_is_full(s.buffer), one_token, s)
         return s._replace(buffer=_evict_if_full(s.buffer))
 
     B = newest.shape[0]
     first = _Run(newest, done, buffer, start, jnp.zeros((B, run), jnp.int32), jnp.zeros(B, jnp.int32))
-    end = jax.lax.while_loop(goes_on, until_eviction, first)
+    with jax.named_scope("run"):
+        end = jax.lax.while_loop(goes_on, until_eviction, first)
     return end.newest, end.done, end.tokens, end.count, end.step, end.buffer
+
+
+def lower_run(model: Decoder, buffer: Buffer, run: int) -> jax.stages.Lowered:
+    """What `generate` runs again and again, up to `run` tokens a row, lowered from shapes on the mesh that was entered.
+
+    Its loops stand in named scopes: `run`, of a turn for each eviction, and in it `tokens` and `evict`, of one or none.
+    """
+    B = buffer.seen.shape[0]
+    row = lambda dtype: jax.ShapeDtypeStruct((B,), dtype, sharding=buffer.seen.sharding)
+    one, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+    drawing, stops = jax.eval_shape(lambda: (sampling.settings(0.0, 0, 1.0, 0.0), jnp.zeros(1, jnp.int32)))
+    how = key, row(jnp.int32), drawing, stops, one
+    return _decode_run.lower(model, row(jnp.int32), row(jnp.bool_), buffer, one, *how, run=run)
 
 
 class Scores(NamedTuple):

@@ -10,9 +10,11 @@ shipped backbone's first layer, are diluted whatever is kept.
 
 The paper's propositions are known to us by one-line descriptions only: 3.1, distractors that nearly tie with useful
 tokens force dilution; 3.2, keeping useful tokens by preference lowers it. `least_dilution`, `needed_margin` and
-`dilution_after` are statements of that kind, reconstructed and proved by ourselves: not quotations.
+`dilution_after` are statements of that kind, reconstructed and proved by ourselves: not quotations. So are
+`expected_use` and `age_of_equal_use`, on its geometric retention, which is what chooses the tokens to keep.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -78,6 +80,34 @@ def dilution_after(
     """
     rest = kept_distractors * dilution
     return rest / (rest + kept_useful * (1 - dilution))
+
+
+def expected_use(
+    beta: Float[np.ndarray, "..."], age: Float[np.ndarray, "..."], horizon: Float[np.ndarray, "..."]
+) -> Float[np.ndarray, "..."]:
+    """Of the next n steps, those in which a token is still of use: beta^(age + 1) (1 - beta^n) / (1 - beta).
+
+    Reconstructed by us. Let a token's use end at each step with probability 1 - beta, whatever was before. Then it
+    lasts to age a with probability beta^a, and no other law is memoryless: P(a + b) = P(a) P(b) for whole a, b gives
+    P(a) = P(1)^a. The expected number is sum_{s=1..n} beta^(age + s), for 0 < beta < 1 and an age in steps. Its log is
+    `policies.retention` with a horizon n above 1; with horizon 1 that is the log of beta^age, of one step before.
+    """
+    return beta ** (age + 1) * (1 - beta**horizon) / (1 - beta)
+
+
+def age_of_equal_use(
+    beta: Float[np.ndarray, "..."], fresh_beta: Float[np.ndarray, "..."], horizon: Float[np.ndarray, "..."]
+) -> Float[np.ndarray, "..."]:
+    """The age up to which a token is of more use in the next n steps than a fresh one, of age 0, whose beta is lower.
+
+    Reconstructed by us, by solving `expected_use` for the age: log(b g(b) / (beta g(beta))) / log beta, where b is the
+    fresh token's and g(x) = (1 - x^n) / (1 - x) is what looking n steps ahead multiplies the use by. At n = 1 g is 1,
+    and the order that of beta^(age + 1). g lies between 1 and n, and as n grows it grows faster the nearer x
+    is to 1: so the age grows too, and a token evicted first at n = 1 may be kept at a larger n. As n grows without
+    bound, g tends to 1 / (1 - x), and the age to a limit.
+    """
+    gain = lambda x: (1 - x**horizon) / (1 - x)
+    return np.log(fresh_beta * gain(fresh_beta) / (beta * gain(beta))) / np.log(beta)
 
 
 class Measured(NamedTuple):
@@ -184,7 +214,7 @@ def evaluated(model: Decoder, config: EvalConfig, data: DataConfig, length: int,
     tokens, label_mask = streams.examples("recall", config, data, length)
     # All in one chunk is the full cache: nothing is evicted before the last token has been read.
     recent = length if policy == "full" else config.recent
-    cache = evaluate.cache_config(policy, budget, recent, length, config.seed)
+    cache = evaluate.buffer_of(dataclasses.replace(config, recent=recent), policy, budget, length)
     accuracy, dilution, off_facts, margins, crowds = [], [], [], [], []
     for rows, labels in zip(tokens, label_mask, strict=True):  # a seed at a time: the full cache needs the memory
         asked = np.clip(rows - recall.FIRST_KEY, 0, recall.NUM_KEYS - 1)

@@ -9,6 +9,7 @@ and nowhere else. jax finds the addresses on SLURM and TPU itself.
 
 import contextlib
 import functools
+import json
 import os
 import re
 import socket
@@ -16,8 +17,8 @@ import sys
 import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,12 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
 
 # Seconds without a sign of life after which a process counts as dead and all others end. jax waits 100, too long for a
 # restart. The signs come from a thread of their own, so compiling or loading does not delay them.
 _HEARTBEAT = 20
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
+T = TypeVar("T")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -130,13 +131,62 @@ def gather(text: str) -> list[str]:
     return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
-def largest(value: int) -> Int[Array, ""]:
-    """The largest of all processes' values, on each. All must call it; it only waits where the result is read."""
+def together(do: Callable[[], T]) -> T:
+    """What `do` returns here. All must call it, and where it fails in one, it fails in all.
+
+    Without it only the process whose disk is full would tell, and the others wait for it until it counts as dead.
+
+    Raises:
+      RuntimeError: in a process where `do` went well and in others did not, with what they say; where it did not, what
+        `do` itself raised.
+    """
+    result, failed = None, None
+    try:
+        result = do()
+    except Exception as error:
+        failed = error
+    problems = gather("" if failed is None else f"{type(failed).__name__}: {failed}")
+    if failed is not None:
+        raise failed
+    if told := [f"process {i}: {problem}" for i, problem in enumerate(problems) if problem]:
+        raise RuntimeError("; ".join(told))
+    return result  # pyright: ignore[reportReturnType]  # set, since nothing failed
+
+
+def agree_on(what: str, values: dict[str, Any]) -> None:
+    """Raises ValueError, on every process alike, where processes have different values; says which, and whose."""
+    first, *others = map(json.loads, gather(json.dumps(values)))
+    problems = [
+        f"{name} is {mine!r} in process 0 and {other!r} in process {i}"
+        for i, theirs in enumerate(others, start=1)
+        for name, mine, other in differing(first, theirs)
+    ]
+    if problems:
+        raise ValueError(f"processes see different {what}: " + "; ".join(problems))
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Names and both values of what differs in two nested objects."""
+    a, b = _flat(before), _flat(now)
+    return [(name, a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def largest(value: int) -> int:
+    """The largest of all processes' values, on each. All must call it."""
+    if jax.process_count() == 1:
+        return value
     mesh = _all_devices()
     mine = np.full(jax.local_device_count(), value, np.int32)
     values = jax.make_array_from_process_local_data(NamedSharding(mesh, P("device")), mine, (jax.device_count(),))
     with jax.set_mesh(mesh):
-        return _largest(mesh)(values)
+        return int(_largest(mesh)(values))
 
 
 @functools.cache

@@ -17,6 +17,8 @@ class EvalConfig:
     budgets: tuple[int, ...] = (16, 32, 48)
     lengths: tuple[int, ...] = (192, 768)
     recent: int = 8  # R while evaluating
+    protect_first: int = 0  # tokens that stay in every head under every policy, beside what a policy keeps by itself
+    protect_last: int = 0  # the same of the newest tokens
     examples: int = 32  # streams: sequences for each seed
     seeds: int = 5  # streams
     seed: int = 0  # streams: the first of `seeds` consecutive ones. answers: of the draws

@@ -16,7 +16,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from retention_jax import checkpoint, config_io, distributed, program_cache
+from retention_jax import config_io, distributed, program_cache
 from retention_jax import tokenizer as tokenizer_lib
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, Policy, TrainConfig
 from retention_jax.evaluation import devices, rows, sweep
@@ -31,7 +31,9 @@ from retention_jax.tokenizer import Tokenizer
 POLICIES = ("full", "retention", "retention_local", *(p for p in get_args(Policy) if p != "retention"))
 
 
-def cache_config(policy_name: str, budget: int, recent: int, length: int, seed: int) -> CacheConfig:
+def cache_config(
+    policy_name: str, budget: int, recent: int, length: int, seed: int, protect: tuple[int, int] = (0, 0)
+) -> CacheConfig:
     """The buffer a policy name stands for.
 
     Args:
@@ -40,21 +42,31 @@ def cache_config(policy_name: str, budget: int, recent: int, length: int, seed: 
       recent: tokens between two evictions.
       length: of the sequences; "full" keeps so many entries, whatever the budget.
       seed: of the random policies. The buffer's configuration is compiled in, so one seed serves all evaluation seeds.
+      protect: how many of the first and of the newest tokens stay in every head; "full" keeps all of them anyway.
 
     Raises:
-      ValueError: on an unknown name.
+      ValueError: on an unknown name, and as `CacheConfig` does.
     """
+    make = functools.partial(
+        CacheConfig, budget=budget, recent=recent, protect_first=protect[0], protect_last=protect[1]
+    )
     match policy_name:
         case "full":
             return CacheConfig(budget=length, recent=recent)
         case "retention_local":
-            return CacheConfig(budget=budget, recent=recent, local=True)
+            return make(local=True)
         case "random" | "random_keep_prompt":
-            return CacheConfig(budget=budget, recent=recent, policy=policy_name, seed=seed)
+            return make(policy=policy_name, seed=seed)
         case _ if policy_name in POLICIES:
-            return CacheConfig(budget=budget, recent=recent, policy=cast(Policy, policy_name))
+            return make(policy=cast(Policy, policy_name))
         case _:
             raise ValueError(f"unknown policy {policy_name!r}; known: {', '.join(POLICIES)}")
+
+
+def buffer_of(config: EvalConfig, policy: str, budget: int, length: int) -> CacheConfig:
+    """`cache_config` with everything that an evaluation's configuration says."""
+    protect = (config.protect_first, config.protect_last)
+    return cache_config(policy, budget, config.recent, length, config.seed, protect)
 
 
 def check(config: EvalConfig, data: DataConfig) -> None:
@@ -74,6 +86,12 @@ def check(config: EvalConfig, data: DataConfig) -> None:
         problems.append(f"task 'recall' needs lengths of at least {3 * recall.SLOT}, got {config.lengths}")
     if "perplexity" in config.tasks and "perplexity" not in config.source_of:
         problems.append("task 'perplexity' needs its text: --sources=perplexity=FILE")
+    for policy, budget in cells(config, max(config.lengths)):
+        try:
+            if policy in POLICIES:
+                buffer_of(config, policy, budget, max(config.lengths))
+        except ValueError as error:
+            problems.append(f"{policy} with {budget} entries: {error}")
     if config.seed < 0:
         problems.append(f"seed must not be negative, got {config.seed}")
     if problems:
@@ -109,7 +127,6 @@ def run(
       ValueError: as `check`, loading a task and `journal.read` do, and when the model's vocabulary is too small.
     """
     check(config, data)
-    cache_of = lambda policy, budget, length: cache_config(policy, budget, config.recent, length, config.seed)
     settings = {"eval": config_io.to_dict(config), "data": config_io.to_dict(data)}
     # A unit says which task, length, policy and budget it is of, so that a run with more of them goes on from this one;
     # and each result says which texts it is of.
@@ -118,7 +135,7 @@ def run(
     return sweep.run(
         blocks(model, config, data, output, tokenizer),
         lambda length: cells(config, length),
-        cache_of,
+        functools.partial(buffer_of, config),
         header=rows.header(settings, config.seed),
         fingerprint={"eval": shared, "model": devices.digest(model)},
         output=output,
@@ -235,7 +252,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     check(chosen, config.data)
     output = pathlib.Path(values.output).expanduser() if values.output else None
     with distributed.joined(values):
-        checkpoint.agree_on({"config": config_io.to_dict(config), "eval": config_io.to_dict(chosen)})
+        distributed.agree_on("configurations", {"config": config_io.to_dict(config), "eval": config_io.to_dict(chosen)})
         backbone, gates = checkpoint_folders(values.checkpoint, config.backbone, chosen.policies)
         # Before the weights: what is wrong with it shows at once.
         has_text = any(task not in ("recall", "text") for task in chosen.tasks)

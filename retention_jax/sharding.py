@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from absl import logging
 from jax.core import Tracer
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -82,12 +83,26 @@ WINDOW = P(ROWS)  # B ...
 def make_mesh(
     devices: Sequence[Any] | None = None, /, *, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1
 ) -> Mesh:
-    """A mesh over the first data * fsdp * context * tensor devices; raises ValueError if there are fewer."""
+    """A mesh over the first data * fsdp * context * tensor devices.
+
+    On TPUs of several slices `data` goes over the slices, whose network is slow, and all else stays within one.
+
+    Raises:
+      ValueError: if there are fewer devices, or `data` does not divide among the slices.
+    """
     sizes, found = (data, fsdp, context, tensor), jax.devices() if devices is None else list(devices)
     if len(found) < math.prod(sizes):
         raise ValueError(f"a mesh of {' x '.join(map(str, sizes))} devices was asked for, there are {len(found)}")
+    found = found[: math.prod(sizes)]
+    slices = len({device.slice_index for device in found}) if found[0].platform == "tpu" else 1
+    if data % slices:
+        raise ValueError(f"the devices are in {slices} slices: mesh data must be a multiple of that, got {data}")
     # An axis may be part of one of the torus's: 8 of a 4 x 4 x 4 is one row and half of another direction.
-    placed = mesh_utils.create_device_mesh(sizes, found[: math.prod(sizes)], allow_split_physical_axes=True)
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(sizes, found, allow_split_physical_axes=True)
+    else:
+        within, over = (data // slices, fsdp, context, tensor), (slices, 1, 1, 1)
+        placed = mesh_utils.create_hybrid_device_mesh(within, over, found, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -173,6 +188,21 @@ def fitting(mesh: Mesh | AbstractMesh, spec: P, shape: tuple[int, ...]) -> P:
     return P(*fitted)
 
 
+def warn_of_uncut(mesh: Mesh | AbstractMesh, tree: Any, table: dict[str, P] = WEIGHTS) -> None:
+    """Logs, from process 0, one line of the weights that are whole along a mesh axis since it does not divide them."""
+    told: dict[str, None] = {}  # in order, once each
+    for path, a in jax.tree_util.tree_leaves_with_path(tree):
+        name = _name_in(path, table)
+        row, shape = table.get(name, P()), a.shape
+        for entry, kept, size in zip(reversed(row), reversed(fitting(mesh, row, shape)), reversed(shape), strict=False):
+            if parts(mesh, kept) != parts(mesh, entry):
+                told[f"{name} ({entry} = {parts(mesh, entry)} does not divide {size})"] = None
+    if told and jax.process_index() == 0:
+        logging.warning(
+            "weights that the mesh does not cut, so that every device holds them whole: %s", ", ".join(told)
+        )
+
+
 def of_activation(mesh: Mesh | AbstractMesh, row: str, shape: tuple[int, ...]) -> P:
     """A row of ACTIVATIONS for an array of `shape`, as `fitting` has it; axes behind the row's are not cut."""
     spec = ACTIVATIONS[row]
@@ -223,8 +253,13 @@ def constrain_weights(tree: T) -> T:
 
 
 def _row_of(path: tuple[Any, ...], table: dict[str, P] = WEIGHTS) -> P:
+    return table.get(_name_in(path, table), P())
+
+
+def _name_in(path: tuple[Any, ...], table: dict[str, P]) -> str:
+    """The last name on a variable's path that the table has; "" for none."""
     names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-    return next((table[name] for name in reversed(names) if name in table), P())
+    return next((name for name in reversed(names) if name in table), "")
 
 
 def on_host(array: jax.Array) -> np.ndarray:

@@ -116,8 +116,10 @@ def train_step(
 
 
 def architecture(config: TrainConfig) -> ModelConfig:
-    """The backbone's, before any weight is read."""
-    return config.model or huggingface.read_model_config(weights.resolve(config.backbone), config.dtype)
+    """The backbone's, before any weight is downloaded or read."""
+    if config.model is not None:
+        return config.model
+    return huggingface.read_model_config(weights.resolve(config.backbone, files=("config.json",)), config.dtype)
 
 
 def make_model(config: TrainConfig) -> Decoder:
@@ -127,8 +129,10 @@ def make_model(config: TrainConfig) -> Decoder:
         return weights.load_backbone(config.backbone, config.gate, config.dtype, seed=config.seed, mesh=mesh)
     architecture = config.model
     assert architecture is not None  # TrainConfig checks it
-    fresh = lambda: Decoder(architecture, config.gate, rngs=nnx.Rngs(config.seed))
-    return _on_mesh(fresh)
+    model = _on_mesh(lambda: Decoder(architecture, config.gate, rngs=nnx.Rngs(config.seed)))
+    if mesh is not None:
+        sharding.warn_of_uncut(mesh, model)
+    return model
 
 
 def fresh_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -187,18 +191,20 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Decoder:
     It runs on the mesh that was entered, or on the default device.
 
     Raises:
-      ValueError: when the configuration does not fit the mesh, the workdir belongs to another one, or backbone, data or
-        checkpoint are unusable.
+      ValueError: when the configuration does not fit the mesh, the workdir belongs to another one, backbone, data or
+        checkpoint are unusable, or processes do not share the workdir or see different documents.
+      SystemExit: after SIGTERM or SIGINT, with 128 and the signal's number, when the step that ran then is saved.
       FloatingPointError: when a loss is not finite; names the step.
     """
+    backbone = architecture(config)
     if (mesh := sharding.ambient()) is not None:
-        config.check_mesh(dict(mesh.shape), architecture(config))
+        config.check_mesh(dict(mesh.shape), backbone)
     checkpoint.claim_workdir(workdir, config)
+    data = pipeline.train_iterator(config.resolved_data, vocab_size=backbone.vocab_size, seed=config.seed)
     model = make_model(config)
     graphdef, params, frozen = nnx.split(model, trained_kind(config), ...)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = fresh_state(params, optimizer)
-    data = pipeline.train_iterator(config.resolved_data, vocab_size=model.config.vocab_size, seed=config.seed)
     trained, all_of_them = (sum(a.size for a in jax.tree.leaves(s)) for s in (params, (params, frozen)))
     metrics.say(f"training {config.stage}: {trained:,} of {all_of_them:,} parameters, {config.steps:,} steps")
     with checkpoint.open_manager(workdir, keep=config.checkpoint_keep) as manager:
@@ -217,8 +223,11 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Decoder:
 
 
 def _loop(config: TrainConfig, workdir: pathlib.Path, state: TrainState, frozen, data, step_fn, manager) -> TrainState:
-    """Steps from `state.step` to the end. The device runs step n while the host writes the metrics of step n - 1."""
-    first = int(state.step)
+    """Steps from `state.step` to the end. While one runs, the host writes the metrics of the one before, and reads.
+
+    No step is queued behind the one that runs, so that a signal has to wait for that one only.
+    """
+    first, stopped = int(state.step), 0
     batches: Iterator[pipeline.Batch] = iter(data)
     with (
         metrics.MetricWriter(workdir, first_step=first, steps=config.steps, label=config.stage) as writer,
@@ -226,24 +235,27 @@ def _loop(config: TrainConfig, workdir: pathlib.Path, state: TrainState, frozen,
         _profiler(config, workdir) as profile,
     ):
         meter, pending = _Meter(config), None
+        batch, data_state = put_batch(next(batches)), data.get_state()
         for step in range(first + 1, config.steps + 1):
             profile(step)
-            stop_by = distributed.largest(stop.requested)  # read below, after the step before: no step waits for it
-            state, result = step_fn(state, frozen, put_batch(next(batches)))
+            state, result = step_fn(state, frozen, batch)
             if pending is not None:
                 _report(writer, meter, config, *pending)
-            pending = (step, result)
-            stopped = int(stop_by)  # the same on all processes, so all save the same step
+            pending, position = (step, result), data_state
+            batch, data_state = put_batch(next(batches)), data.get_state()
+            jax.block_until_ready(result)
+            stopped = distributed.largest(stop.requested)  # the same on all processes, so all save the same step
             if step % config.checkpoint_every == 0 or step == config.steps or stopped:
                 _report(writer, meter, config, *pending)  # so that a state after a NaN is never saved
                 pending = None
-                checkpoint.save(manager, state, data.get_state())
+                checkpoint.save(manager, state, position)
             if stopped:
-                manager.wait_until_finished()
-                name = signal.Signals(stopped).name
-                metrics.say(f"stopped by {name} after step {step}; the same command goes on from there")
-                raise SystemExit(128 + stopped)
+                break
         manager.wait_until_finished()
+        if stopped := stopped or distributed.largest(stop.requested):  # it may come while the last step is saved
+            name = signal.Signals(stopped).name
+            metrics.say(f"stopped by {name} after step {int(state.step)}; the same command goes on from there")
+            raise SystemExit(128 + stopped)
     return state
 
 
@@ -287,7 +299,7 @@ class _Meter:
 
 
 class _Stop:
-    """Turns SIGTERM and SIGINT into a request that the loop sees before its next step."""
+    """Turns SIGTERM and SIGINT into a request that the loop sees when the step that runs is done."""
 
     requested: int = 0  # the signal
 
@@ -354,9 +366,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
-    config = config_io.from_config_dict(TrainConfig, _CONFIG.value)
     workdir = pathlib.Path(typing.cast(str, _WORKDIR.value)).expanduser()
     with distributed.joined(flags.FLAGS):
+        # First of all: what one process refuses the others must refuse too, and not wait for it.
+        distributed.agree_on("configurations", _CONFIG.value.to_dict())
+        config = config_io.from_config_dict(TrainConfig, _CONFIG.value)
         if jax.process_index() == 0:
             print(json.dumps(config_io.to_dict(config), indent=2))
         with jax.set_mesh(sharding.make_mesh(**config.mesh.over(jax.device_count()))):

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 
+START_LIMIT = 120.0  # seconds until the program must be ready
+
 
 class Worker:
     """The process, started when first needed and ended with ours. One request at a time, from any thread."""
@@ -32,34 +34,45 @@ class Worker:
 
         Raises:
           TimeoutError: when there was no answer in time; the process is killed.
-          ChildProcessError: when the process ended by itself, as it does out of memory.
-          RuntimeError: when the program does not start.
+          ChildProcessError: when the process ended by itself, as it does out of memory, and was a fresh one: one that
+            has answered before may have ended for what it kept of other requests, so a fresh one is asked.
+          RuntimeError: when the program does not start within `START_LIMIT` seconds.
         """
         with self._lock:
-            process = self._process = self._process or self._start()
-            assert process.stdin and process.stdout
-            expired = threading.Event()
-            timer = threading.Timer(time_limit, lambda: (expired.set(), process.kill()))
-            timer.start()
-            try:
-                process.stdin.write(request + "\n")
-                process.stdin.flush()
-                answer = process.stdout.readline()
-            except BrokenPipeError:
-                answer = ""
-            except BaseException:  # Ctrl-C: the next request must not read this one's answer
-                self._stop()
-                raise
-            finally:
-                timer.cancel()
-            whole = answer.endswith("\n")
-            if expired.is_set() or not whole:
-                self._stop()
-            if whole:
-                return answer
+            fresh = self._process is None
+            answer = self._answer(request, time_limit)
+            if answer is None and not fresh:
+                answer = self._answer(request, time_limit)
+        if answer is None:
+            raise ChildProcessError(f"the process that {self._work} ended by itself")
+        return answer
+
+    def _answer(self, request: str, time_limit: float) -> str | None:
+        """The answer, or None when the process ended before it was whole."""
+        process = self._process = self._process or self._start()
+        assert process.stdin and process.stdout
+        expired = threading.Event()
+        timer = threading.Timer(time_limit, lambda: (expired.set(), process.kill()))
+        timer.start()
+        try:
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        except BaseException:  # Ctrl-C: the next request must not read this one's answer
+            self._stop()
+            raise
+        finally:
+            timer.cancel()
+        whole = answer.endswith("\n")
+        if expired.is_set() or not whole:
+            self._stop()
+        if whole:
+            return answer
         if expired.is_set():
             raise TimeoutError(f"the process that {self._work} took more than {time_limit:g} seconds")
-        raise ChildProcessError(f"the process that {self._work} ended by itself")
+        return None
 
     def close(self) -> None:
         """Ends the process, if there is one; the next request starts another."""
@@ -76,10 +89,21 @@ class Worker:
             start_new_session=True,  # Ctrl-C is for the program that uses it
         )
         assert process.stdout
-        if process.stdout.readline() != "ready\n":
-            process.kill()
-            process.communicate()
-            raise RuntimeError(f"the process that {self._work} did not start: {sys.executable} {self._program}")
+        timer = threading.Timer(START_LIMIT, process.kill)
+        timer.start()
+        ready = False
+        try:
+            ready = process.stdout.readline() == "ready\n"
+        finally:
+            timer.cancel()
+            if not ready:
+                process.kill()
+                process.communicate()
+        if not ready:
+            raise RuntimeError(
+                f"the process that {self._work} did not start within {START_LIMIT:g} seconds: "
+                f"{sys.executable} {self._program}"
+            )
         return process
 
     def _stop(self) -> None:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from retention_jax import cache, decoding, sampling
+from retention_jax import cache, decoding
 from retention_jax.config import CacheConfig, GateConfig
 from retention_jax.model_config import ModelConfig
 from retention_jax.models import decoder
@@ -98,10 +98,8 @@ def lower_step(model, token, active, buffer, *, place=lambda tree: tree) -> jax.
 
 def lower_run(model, token, active, buffer, *, place=lambda tree: tree) -> jax.stages.Lowered:
     """The loop of many tokens and their evictions."""
-    int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    drawing = jax.eval_shape(lambda: (jax.random.key(0), sampling.settings(0.0, 0, 1.0, 0.0)))
-    rest = (int32(), drawing[0], int32(*token.shape), drawing[1], int32(0), int32())
-    return decoding._decode_run.lower(*place((model, token, active, buffer, *rest)), 32)
+    model, _, _, buffer = place((model, token, active, buffer))
+    return decoding.lower_run(model, buffer, 32)
 
 
 # The loop over tokens, without what evictions do before their own loop.

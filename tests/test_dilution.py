@@ -11,7 +11,7 @@ from absl import flags, logging
 from flax import nnx
 from helpers import Step, assert_close, simulate, tiny_config, tiny_model
 
-from retention_jax import config_io, decoding, dilution, dilution_plots, evaluate
+from retention_jax import config_io, decoding, dilution, dilution_plots, evaluate, policies
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
 from retention_jax.evaluation.streams import examples
 from retention_jax.models import gate as gate_lib
@@ -114,8 +114,49 @@ def test_ends_of_eviction():
     assert dilution.dilution_after(*arrays(0.75, 0.5, 0.5)) == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize("beta, age, horizon", [(0.5, 2, 1), (0.9, 3, 7), (0.999, 40, 200), (0.02, 1, 5)])
+def test_use_that_ends_with_constant_hazard_is_the_retention_score(beta, age, horizon):
+    lasts = np.cumprod(np.full(age + horizon, beta))  # to age 1, 2, ...: it ended at no step until then
+    assert dilution.expected_use(*arrays(beta, age, horizon)) == pytest.approx(lasts[age:].sum())
+    here, pos, seen = jnp.log(jnp.array([[beta]])), jnp.zeros((1, 1), jnp.int32), jnp.array([age - 1], jnp.int32)
+    scored = lasts[age:].sum() if horizon > 1 else lasts[age - 1]
+    assert np.exp(policies.retention(here, pos, seen, horizon)) == pytest.approx(scored, rel=1e-4)
+
+
+def test_only_constant_hazard_is_memoryless():
+    def forgets(lasts):  # P(age a + b | age a) = P(age b), ages from 0
+        return all(np.allclose(lasts[a:] / lasts[a], lasts[: len(lasts) - a]) for a in range(len(lasts)))
+
+    ages = np.arange(30)
+    assert forgets(0.9**ages)
+    hazards = np.random.default_rng(0).uniform(0, 0.3, (20, 29))
+    assert not any(forgets(np.cumprod([1, *1 - row])) for row in hazards)
+    assert not forgets(1 / (1 + ages)) and not forgets(np.maximum(1 - ages / 29, 1e-3))
+
+
+def test_looking_ahead_lets_the_old_overtake_the_fresh():
+    horizons = np.array([1.0, 2, 8, 64, 1e4])
+    ages = dilution.age_of_equal_use(np.full(5, 0.99), np.full(5, 0.8), horizons)
+    assert ages[0] == pytest.approx(np.log(0.8) / np.log(0.99) - 1)  # the next step's order: beta^(age + 1)
+    assert np.all(np.diff(ages) > 0)
+    assert ages[-1] == pytest.approx(np.log(0.8 / 0.2 / (0.99 / 0.01)) / np.log(0.99), rel=1e-6)
+    use = lambda beta, age, n: dilution.expected_use(*arrays(beta, age, n))
+    for n, age in zip(horizons, ages, strict=True):
+        assert use(0.99, age, n) == pytest.approx(use(0.8, 0, n))
+        assert use(0.99, age - 1, n) > use(0.8, 0, n) > use(0.99, age + 1, n)
+    # The cache's own score evicts the token of age 100 first at horizon 1, the fresh one at 64.
+    log_beta, pos = jnp.log(jnp.array([[0.99, 0.8]])), jnp.array([[0, 100]], jnp.int32)
+    one, many = (policies.retention(log_beta, pos, jnp.array([101], jnp.int32), n)[0] for n in (1, 64))
+    assert one[0] < one[1] and many[0] > many[1] and ages[0] < 100 < ages[3]
+    # With equal betas looking ahead changes nothing, and g lies between 1 and n.
+    assert dilution.age_of_equal_use(*arrays(0.9, 0.9, 50)) == pytest.approx(0, abs=1e-9)
+    gain = use(0.99, 0, horizons) / 0.99
+    assert np.all((1 - 1e-9 <= gain) & (gain <= horizons + 1e-9))
+
+
 def test_statements_are_no_quotations():
-    for statement in (dilution.least_dilution, dilution.needed_margin, dilution.dilution_after):
+    statements = (dilution.least_dilution, dilution.needed_margin, dilution.dilution_after)
+    for statement in (*statements, dilution.expected_use, dilution.age_of_equal_use):
         assert "Reconstructed by us" in (statement.__doc__ or "")
 
 

@@ -5,24 +5,24 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import helpers
 import jax
 import numpy as np
 import pytest
 from absl import flags
-from flax import nnx
 
 from retention_jax import config_io, distributed, evaluate, train
 from retention_jax.config import DataConfig, EvalConfig, TrainConfig
 from retention_jax.evaluation import journal, rows
-from retention_jax.models import weights
-from retention_jax.models.gate import GateParam
+from retention_jax.models import gate_files, weights
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOGETHER = {"coordinator_address": "127.0.0.1:1234", "num_processes": 2, "process_id": 1}
@@ -103,26 +103,42 @@ def test_who_joins_others(monkeypatch, tpu, environment, metadata, many):
 
 def test_one_process_agrees_with_itself():
     assert distributed.gather("grüße") == ["grüße"]
-    assert int(distributed.largest(15)) == 15
+    assert distributed.largest(15) == 15
 
 
-def command(folder: pathlib.Path, **changes) -> list[str]:
-    """A tiny training run."""
-    fields = {
-        "backbone": folder / "backbone",
+def test_what_fails_in_one_process_fails_in_all(monkeypatch):
+    said = []
+    monkeypatch.setattr(distributed, "gather", lambda text: said.append(text) or [text, ""])
+    assert distributed.together(lambda: 3) == 3
+    with pytest.raises(FileNotFoundError):
+        distributed.together(lambda: pathlib.Path("/nowhere").read_text())
+    assert said[0] == "" and said[1].startswith("FileNotFoundError: ")
+    monkeypatch.setattr(distributed, "gather", lambda text: ["", text, "OSError: disk full"])
+    with pytest.raises(RuntimeError, match="^process 2: OSError: disk full$"):
+        distributed.together(lambda: 3)
+
+
+def fields(folder: pathlib.Path) -> dict[str, Any]:
+    """Of a tiny training run."""
+    return {
+        "backbone": str(folder / "backbone"),
         "gate.width": 8,
         "data.length": 24,
-        "data.document_lengths": "(24,)",
+        "data.document_lengths": (24,),
         "data.batch_size": 8,
         "data.documents": 64,
-        "data.cache_dir": folder / "cache",
+        "data.cache_dir": str(folder / "cache"),
         "optimizer.warmup_steps": 2,
-        "steps": 20,
-        "checkpoint_every": 5,
+        "steps": 40,
+        "checkpoint_every": 10,
         "log_every": 1,
-        "eval.tasks": "()",
+        "eval.tasks": (),
     }
-    config = [f"--config.{name}={value}" for name, value in (fields | changes).items()]
+
+
+def command(folder: pathlib.Path, **mesh: int) -> list[str]:
+    config = [f"--config.{name}={value}" for name, value in fields(folder).items()]
+    config += [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
     return [sys.executable, "-m", "retention_jax.train", "--config=configs/recall.py", *config]
 
 
@@ -134,47 +150,97 @@ def launch(log: pathlib.Path, command: list[str], restarts: int = 0, devices: in
         return subprocess.Popen([*launcher, "--", *command], cwd=ROOT, stdout=out, stderr=out, env=env)
 
 
+def wait_for(running: subprocess.Popen, workdir: pathlib.Path, steps: int) -> None:
+    """Returns when the run has told of so many steps, or has ended."""
+    path = workdir / "metrics.jsonl"
+    while running.poll() is None and not (path.exists() and len(path.read_text().splitlines()) >= steps):
+        time.sleep(0.005)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    weights.save_backbone(helpers.tiny_model(vocab_size=64), folder / "backbone")
+    weights.save_backbone(helpers.tiny_model(vocab_size=64, num_heads=8), folder / "backbone")
     return folder
 
 
-def losses_of(workdir: pathlib.Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def config(folder):
+    values = runpy.run_path(str(ROOT / "configs" / "recall.py"))["get_config"]()
+    values.update_from_flattened_dict(fields(folder))
+    return config_io.from_config_dict(TrainConfig, values)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, folder):
+    """The run on one device of this process."""
+    train.train(config, folder / "uninterrupted")
+    return folder / "uninterrupted"
+
+
+def assert_same_outcome(workdir: pathlib.Path, wanted: pathlib.Path) -> None:
+    losses, gates = [], []
+    for run in (workdir, wanted):
+        losses.append([json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()])
+        gates.append(gate_files.read_gates(run / "gates").tensors)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert gates[0].keys() == gates[1].keys()
+    for name, gate in gates[1].items():
+        helpers.assert_close(gates[0][name], gate, 1e-4)
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_noticed_and_the_run_ends_as_on_one_device(folder, tmp_path):
+def test_killed_processes_are_noticed_and_the_run_ends_as_on_one_device(folder, uninterrupted, tmp_path):
+    """First one that is not the coordinator, then the coordinator; the gates' shards are in both processes."""
     workdir, log = tmp_path / "two", tmp_path / "log"
-    kill_after = np.random.default_rng(0).integers(6, 15)
-    running = launch(log, [*command(folder), f"--workdir={workdir}"], restarts=1)
-    while running.poll() is None and not (
-        (workdir / "metrics.jsonl").exists() and len((workdir / "metrics.jsonl").read_text().splitlines()) >= kill_after
-    ):
-        time.sleep(0.005)
-    victim = re.search(r"process 1 is (\d+)", log.read_text())
-    assert victim
-    os.kill(int(victim[1]), signal.SIGKILL)
-    killed = time.monotonic()
-    while running.poll() is None and "starting all 2 again" not in log.read_text():
-        time.sleep(0.02)
-    assert time.monotonic() - killed < 30
-    assert running.wait(timeout=120) == 0, log.read_text()[-3000:]
-    assert log.read_text().count("[0] continuing after step ") == 1 and "[1] continuing" not in log.read_text()
+    steps = np.random.default_rng().integers((11, 21), (20, 36))
+    running = launch(log, [*command(folder, fsdp=8), f"--workdir={workdir}"], restarts=2)
+    for restart, (victim, step) in enumerate(zip((1, 0), steps, strict=True), start=1):
+        wait_for(running, workdir, step)
+        pids = re.findall(rf"process {victim} is (\d+)", log.read_text())
+        assert len(pids) == restart, f"killing after {steps}: {log.read_text()[-3000:]}"
+        os.kill(int(pids[-1]), signal.SIGKILL)
+        killed = time.monotonic()
+        while running.poll() is None and f"starting all 2 again, {restart} of 2" not in log.read_text():
+            time.sleep(0.02)
+        assert time.monotonic() - killed < 30
+    assert running.wait(timeout=240) == 0, f"killed after {steps}: {log.read_text()[-3000:]}"
+    assert log.read_text().count("[0] continuing after step ") == 2 and "[1] continuing" not in log.read_text()
+    assert_same_outcome(workdir, uninterrupted)
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"30", "40"}
 
-    # 8 devices of 2 processes against one device of this one, which then goes on from what those had saved.
-    config = config_io.from_dict(TrainConfig, json.loads((workdir / "config.json").read_text()))
-    alone = train.train(config, tmp_path / "one")
-    np.testing.assert_allclose(losses_of(workdir), losses_of(tmp_path / "one"), rtol=1e-5)
-    kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
-    assert kept == [15, 20]
-    (workdir / "checkpoints" / "20" / "data" / "metadata").write_text("")  # so that there is something to go on with
-    resumed = train.train(config, workdir)
-    assert len(losses_of(workdir)) == 20
-    for got, want in zip(*(jax.tree.leaves(nnx.state(m, GateParam)) for m in (resumed, alone)), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-4)
+
+@pytest.mark.slow
+def test_sigterm_stops_two_processes_and_one_goes_on(config, folder, uninterrupted, tmp_path):
+    """Sequences are cut between the two processes, and nothing is cut when it goes on."""
+    workdir, log = tmp_path / "two", tmp_path / "log"
+    running = launch(log, [*command(folder, context=4, tensor=2), f"--workdir={workdir}"])
+    wait_for(running, workdir, 3)
+    running.terminate()
+    assert running.wait(timeout=120) == 128 + signal.SIGTERM, log.read_text()[-3000:]
+    [step] = re.findall(r"stopped by SIGTERM after step (\d+)", log.read_text())
+    assert str(step) in {p.name for p in (workdir / "checkpoints").iterdir()}
+    train.train(config, workdir)
+    assert_same_outcome(workdir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_devices_and_other_meshes(folder, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    legs = ((8, dict(fsdp=2, context=2, tensor=2), 8), (4, dict(context=4), 16), (2, dict(tensor=2), None))
+    for devices, mesh, stop_after in legs:
+        env = helpers.environment()
+        env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
+        log = tmp_path / f"{devices}.log"
+        with log.open("w") as out:
+            arguments = [*command(folder, **{"data": 1, **mesh}), f"--workdir={workdir}"]
+            running = subprocess.Popen(arguments, cwd=ROOT, stdout=out, stderr=out, env=env)
+        if stop_after:
+            wait_for(running, workdir, stop_after)
+            running.terminate()
+        assert running.wait(timeout=120) == (128 + signal.SIGTERM if stop_after else 0), log.read_text()[-3000:]
+        assert (devices < 8) == ("continuing after step" in log.read_text())
+    assert_same_outcome(workdir, uninterrupted)
 
 
 @pytest.mark.slow
@@ -182,8 +248,9 @@ def test_a_killed_process_is_noticed_and_the_run_ends_as_on_one_device(folder, t
     "differs, message",
     (
         (
-            "--workdir={0}/shared --config.seed=$$",
-            r"different configurations: seed is \d+ in process 0 and \d+ in process 1",
+            "--workdir={0}/shared --config.mesh.fsdp=$$",
+            r"different configurations: mesh.fsdp is (\d+) in process 0 and \d+ in process 1(.*\n)*\[.*different "
+            r"configurations: mesh.fsdp is \1 ",
         ),
         ("--workdir={0}/$$", r"must be one that all processes share; .* not in .*/\d+ of process 1"),
     ),

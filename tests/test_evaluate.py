@@ -14,6 +14,7 @@ from helpers import tiny_config, tiny_model
 
 from retention_jax import config_io, evaluate, plots
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
+from retention_jax.decoding import score_stream
 from retention_jax.evaluation import rows as rows_lib
 from retention_jax.evaluation import streams
 from retention_jax.evaluation.rows import Row
@@ -101,6 +102,28 @@ def test_policy_names():
     assert make("random") == CacheConfig(budget=16, recent=8, policy="random", seed=7)
     with pytest.raises(ValueError, match="unknown policy 'h3o'; known: full, retention, retention_local"):
         make("h3o")
+
+
+def test_every_policy_protects_the_same_tokens(model):
+    config = dataclasses.replace(SMALL, protect_first=1, protect_last=1)
+    tokens = streams.examples("recall", SMALL, DATA, 36)[0][0]
+    kept = lambda told: score_stream(
+        model, tokens, evaluate.buffer_of(told, "random", 3, 36), np.full(3, 36, np.int32)
+    )[1].positions(1)
+    assert all({0, 35} <= set(head) for layer in kept(config) for head in layer)
+    assert not all({0, 35} <= set(head) for layer in kept(SMALL) for head in layer)
+    made = [evaluate.buffer_of(config, name, 40, 36) for name in evaluate.POLICIES if name != "full"]
+    assert {(c.protect_first, c.protect_last) for c in made} == {(1, 1)}
+    assert evaluate.buffer_of(config, "full", 36, 36) == CacheConfig(budget=36, recent=6)
+
+
+def test_more_protected_than_kept_is_refused_with_every_policy_it_concerns():
+    config = EvalConfig(policies=("full", "tova", "pyramidkv"), budgets=(4, 8), protect_first=3, protect_last=2)
+    with pytest.raises(ValueError) as caught:
+        evaluate.check(config, DATA)
+    told = str(caught.value)
+    assert "tova with 4 entries: " in told and "pyramidkv with 8 entries: " in told
+    assert "tova with 8" not in told and "full" not in told
 
 
 def test_recall_examples_differ_by_seed_only():

@@ -57,7 +57,7 @@ def test_longbench_golds_are_right_and_others_wrong(name, tmp_path):
     others = golds(task)[1:] + golds(task)[:1]
     assert mean(task, others) < 0.35  # edit similarity finds letters in common
     assert "{" not in prompt(task.examples[0])
-    assert [example.group for example in task.examples] == (
+    assert [example.turns[0].group for example in task.examples] == (
         ["0-4k", "4-8k", "8k+", "8k+"] if name.endswith("_e") else [""] * 4
     )
     few_shot_or_code = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
@@ -143,7 +143,7 @@ def test_longbench_v2(tmp_path):
         "What is the correct answer to this question: question 1\nChoices:\n(A) choice A\n(B) choice B\n(C) choice C\n"
         '(D) choice D\n\nFormat your response as follows: "The correct answer is (insert answer here)".'
     )
-    assert [example.group for example in task.examples] == ["easy, short", "hard, medium", "easy, short"]
+    assert [example.turns[0].group for example in task.examples] == ["easy, short", "hard, medium", "easy, short"]
     assert mean(task, [f"The correct answer is ({letter})." for letter in golds(task)]) == 1
     assert mean(task, [f"The correct answer is ({letter})." for letter in "DAB"]) == 0
     assert [e.name for e in longbench_v2.load("short", source).examples] == ["id0", "id2"]
@@ -217,7 +217,7 @@ def test_longmemeval(tmp_path):
         '[{"role": "user", "content": "late"}, {"role": "assistant", "content": "\\u00e9"}]\n'
         "\n\nCurrent Date: 2023/05/30 (Tue) 23:40\nQuestion: question 0?\nAnswer:"
     )
-    assert [example.group for example in task.examples][5:] == [
+    assert [example.turns[0].group for example in task.examples][5:] == [
         *("single-session-preference", "multi-session, abstention")
     ]
     assert mean(task, golds(task)) == 1
@@ -300,6 +300,8 @@ def test_scbench_prompts_as_published(tmp_path):
         "Extract the value corresponding to the specified key in the JSON object below.\n\nthe context"
     )
     assert [turn.question for turn in kv.turns[:2]] == ["\n\nask 0", "ask 1"]
+    assert [turn.told for turn in kv.turns] == list(TEXTS)  # what the model reads as its own answers
+    assert load("vt", "multi_turn")[0].turns[0].told == "['red lorry 0', 'red lorry 1']"
     assert [example.turns[0].question for example in load("kv", "same_context")[:2]] == ["ask 0", "ask 1"]
 
     (mf,) = load("mf", "multi_turn")
@@ -316,7 +318,10 @@ def test_scbench_prompts_as_published(tmp_path):
     assert [turn.answer_prefix for turn in summary.turns] == ["", "This paper", "This paper", "This paper"]
     (mixed,) = load("summary_with_needles", "multi_turn")
     assert [turn.max_new_tokens for turn in mixed.turns] == [800, 15, 800, 15]
-    assert [example.group for example in load("summary_with_needles", "same_context")] == ["summary", "passkey"] * 2
+    assert [turn.group for turn in mixed.turns] == ["summary", "passkey"] * 2
+    assert [example.turns[0].group for example in load("summary_with_needles", "same_context")] == [
+        *("summary", "passkey") * 2
+    ]
 
 
 @pytest.mark.parametrize(

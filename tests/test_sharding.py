@@ -1,5 +1,7 @@
 """Weights on a mesh: which device holds what, and that it changes nothing."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -62,6 +64,42 @@ def test_any_mesh_with_known_axes_will_do(folder, axes):
 def test_a_mesh_with_other_axes_is_refused(folder):
     with pytest.raises(ValueError, match="axes data, fsdp, context, tensor; got model too"):
         rj.load(folder, mesh=jax.make_mesh((8,), ("model",)))
+
+
+def test_weights_that_a_mesh_does_not_cut_are_named(folder, caplog):
+    rj.load(folder, mesh=sharding.make_mesh(fsdp=2, tensor=2), dtype="float32")
+    assert not caplog.text
+    mesh = sharding.make_mesh(fsdp=1, tensor=8)
+    sharding.warn_of_uncut(mesh, tiny_model(mlp_width=20))
+    [line] = caplog.messages
+    assert line.endswith(
+        ": down_proj (tensor = 8 does not divide 20), gate_proj (tensor = 8 does not divide 20), "
+        "k (tensor = 8 does not divide 2), o (tensor = 8 does not divide 4), q (tensor = 8 does not divide 4), "
+        "up_proj (tensor = 8 does not divide 20), v (tensor = 8 does not divide 2)"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh is made by of a TPU."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    process_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def test_data_goes_over_slices_and_the_rest_stays_within_one():
+    chips = [Chip(4 * s + 2 * y + x, s, (x, y, 0)) for s in (1, 0) for y in (0, 1) for x in (0, 1)]
+    mesh = sharding.make_mesh(chips, data=4, tensor=2)
+    assert mesh.devices.shape == (4, 1, 1, 2)
+    of = [[chip.slice_index for chip in row.flat] for row in mesh.devices]
+    assert of == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(ValueError, match="in 2 slices: mesh data must be a multiple of that, got 1"):
+        sharding.make_mesh(chips, fsdp=4, tensor=2)
 
 
 def test_prefill_and_decode_run_on_the_shards(folder):

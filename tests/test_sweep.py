@@ -1,6 +1,7 @@
 """Answers and the sweep: prompts, resuming after a kill, dealing and intervals, with a tiny model."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -9,14 +10,16 @@ import subprocess
 import sys
 from typing import get_args
 
+import jax
+import numpy as np
 import pytest
 from helpers import tiny_model
 from text_helpers import make_tokenizer
 
-from retention_jax import evaluate
+from retention_jax import decoding, evaluate
 from retention_jax.config import DataConfig, EvalConfig
 from retention_jax.evaluation import devices, journal, prompts, rows, sweep
-from retention_jax.evaluation.answers import Answers, seed_of
+from retention_jax.evaluation.answers import Answers, behind_thoughts, seed_of
 from retention_jax.evaluation.journal import Unit
 from retention_jax.tasks import text_metrics
 from retention_jax.tasks.example import Cut, Example, Task, Turn
@@ -36,8 +39,10 @@ TASK = Task(
         Example(
             f"e{i}",
             "the quick brown fox jumps over the lazy dog. " * (1 + i % 2),
-            (Turn("\nwhat is two plus two?", ("4",), 5, " It is"), Turn("and the dog?", ("lazy",), 5))[: 1 + i // 3],
-            "ab"[i % 2],
+            (
+                Turn("\nwhat is two plus two?", ("4",), 5, " It is", "ab"[i % 2]),
+                Turn("and the dog?", ("lazy",), 5, group="dog"),
+            )[: 1 + i // 3],
         )
         for i in range(5)
     ),
@@ -62,7 +67,7 @@ def evaluated(model, tok, config, output, task=TASK):
     return sweep.run(
         [Answers(model, tok, config, "made", task, None)],
         lambda length: evaluate.cells(config, length),
-        lambda policy, budget, length: evaluate.cache_config(policy, budget, config.recent, length, config.seed),
+        functools.partial(evaluate.buffer_of, config),
         header={},
         fingerprint={"seed": config.seed},
         output=output,
@@ -162,10 +167,44 @@ def test_rows_of_answers_by_hand(model, tok, tmp_path):
         mean = sum(means) / 5
         half = 2.776 * (sum((m - mean) ** 2 for m in means) / 4) ** 0.5 / 5**0.5  # t(0.975; 4), from a table
         assert (row.score, row.low, row.high) == pytest.approx((mean, mean - half, mean + half), abs=1e-3)
-        assert row.groups == pytest.approx({"a": (means[0] + means[2] + means[4]) / 3, "b": (means[1] + means[3]) / 2})
+        first, second = ({a["example"]: a["score"] for a in mine if a["turn"] == turn} for turn in (0, 1))
+        assert row.groups == pytest.approx(
+            {
+                "a": (first["e0"] + first["e2"] + first["e4"]) / 3,
+                "b": (first["e1"] + first["e3"]) / 2,
+                "dog": (second["e3"] + second["e4"]) / 2,
+            }
+        )
     full, streaming = found
     assert streaming.kv_bytes < full.full_kv_bytes <= full.kv_bytes
     assert rows.load(tmp_path / "results.json") == found
+
+
+@pytest.mark.parametrize("policy", ("full", "snapkv"))
+def test_told_answers_are_read_in_place_of_the_models(model, tok, tmp_path, policy):
+    asked, later = TASK.examples[3].turns
+    turns = (asked._replace(told="two red foxes"), later._replace(told="lazy"), later)
+    task = TASK._replace(examples=(TASK.examples[3]._replace(turns=turns),))
+    config = dataclasses.replace(CONFIG, policies=(policy,))
+    (row,) = evaluated(model, tok, config, tmp_path, task)
+    (done,) = journal.read(tmp_path, {"seed": 0}).values()
+
+    (prompt,) = prompts.of_task(task, tok, limit=None, query_aware=False, template_kwargs={}, room=[999])
+    assert tok.decode(prompt.turns[1]).startswith("two red foxes\nuser\nand the dog?\n")
+    (plain,) = prompts.of_task(
+        task._replace(chat=False), tok, limit=None, query_aware=False, template_kwargs={}, room=[999]
+    )
+    assert tok.decode(plain.turns[2]) == "lazy\n\nand the dog?"
+    cache, buffer = evaluate.cache_config(policy, row.budget, 4, 256, 0), None
+    read = lambda text, buffer: decoding.prefill(model, np.array([text], np.int32), cache, buffer=buffer)
+    _, buffer = read(prompt.context, buffer)
+    for turn, answer in zip(prompt.turns, done["answers"], strict=True):
+        logits, buffer = read(turn, buffer)
+        new, branch = [int(np.argmax(logits))], jax.tree.map(np.array, buffer)
+        while len(new) < 3 and new[-1] not in tok.stop_tokens:
+            logits, branch = decoding.decode(model, np.array(new[-1:], np.int32), branch)
+            new.append(int(np.argmax(logits)))
+        assert answer["text"] == tok.decode(new)
 
 
 def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
@@ -177,6 +216,23 @@ def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
         texts.append({(u.seed, a["example"], a["turn"]): a["text"] for u, r in done.items() for a in r["answers"]})
     assert texts[0] == texts[1]
     assert any(texts[0][0, f"e{i}", 0] != texts[0][1, f"e{i}", 0] for i in range(5))
+
+
+@pytest.mark.parametrize(
+    "asked, text, said",
+    [
+        ("Q?<assistant>", "It is 4.", "It is 4."),
+        ("Q?<assistant>", "<think>so 3, no 5</think>It is 4.", "It is 4."),
+        ("Q?<assistant><think>\n", "so 3, no 5</think>It is 4.", "It is 4."),
+        ("Q?<assistant><think>\n", "so 3, no 5", ""),
+        ("Q?<assistant>", "<think>so 3, no 5", ""),
+        ("Q?<assistant>", "<think>so</think>3<think>or", ""),
+        ("what does <think> mean?", "It begins thoughts.", "It begins thoughts."),
+        ("Q?<assistant><think>\n\n</think>\n\n", "4", "4"),
+    ],
+)
+def test_thoughts_are_not_scored(asked, text, said):
+    assert behind_thoughts(asked, text) == said
 
 
 def test_no_two_samples_have_one_seed():

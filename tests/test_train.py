@@ -19,15 +19,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from retention_jax import checkpoint, train
+from retention_jax import checkpoint, distributed, train
 from retention_jax.config import (
     DataConfig,
     EvalConfig,
     GateConfig,
     LossConfig,
+    MeshConfig,
     OptimizerConfig,
     TrainConfig,
 )
+from retention_jax.data import pipeline
 from retention_jax.models import weights
 from retention_jax.models.gate import GateParam
 
@@ -147,7 +149,7 @@ def test_backbone_stage_learns_and_gates_follow(folders, tmp_path):
     weights.load(tmp_path / "backbone", tmp_path / "gates", "float32")
 
 
-def test_sigterm_saves_and_the_same_call_goes_on(folders, tmp_path, monkeypatch, capsys):
+def test_sigterm_saves_the_step_that_runs_and_the_same_call_goes_on(folders, tmp_path, monkeypatch, capsys):
     config = config_of(folders, steps=12, checkpoint_every=100)
     whole = train.train(config, tmp_path / "whole")
     save, step_fn = checkpoint.save, train.train_step
@@ -161,13 +163,37 @@ def test_sigterm_saves_and_the_same_call_goes_on(folders, tmp_path, monkeypatch,
     monkeypatch.setattr(train, "train_step", signalled)
     with pytest.raises(SystemExit, match="143"):
         train.train(config, tmp_path / "cut")
-    assert "stopped by SIGTERM after step 8" in capsys.readouterr().err  # the step that was on its way, and one more
+    assert "stopped by SIGTERM after step 7;" in capsys.readouterr().err
     monkeypatch.setattr(train, "train_step", step_fn)
     saved = []
     monkeypatch.setattr(checkpoint, "save", lambda *a: (saved.append(int(a[1].step)), save(*a)))
     assert same(gates_of(train.train(config, tmp_path / "cut")), gates_of(whole))
     assert saved == [12]
     assert [r["step"] for r in metrics_of(tmp_path / "cut")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("during", ("step", "save"))
+def test_sigterm_at_the_last_step_is_not_lost(folders, tmp_path, monkeypatch, during):
+    save = checkpoint.save
+
+    def step(state, *args, **kwargs):
+        if during == "step" and int(state.step) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        zero = jnp.zeros(())
+        return state._replace(step=state.step + 1), train.StepMetrics({"loss": zero}, zero, None)
+
+    def signalled(*args):
+        if during == "save":
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(*args)
+
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(checkpoint, "save", signalled)
+    with pytest.raises(SystemExit, match="143"):
+        train.train(config_of(folders, checkpoint_every=100), tmp_path)
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        assert manager.latest_step() == 6
+    assert not (tmp_path / "gates").exists()
 
 
 def start(folders, workdir: pathlib.Path) -> subprocess.Popen:
@@ -240,6 +266,26 @@ def test_workdir_of_another_config_is_refused_and_untouched(folders, tmp_path):
     assert (tmp_path / "config.json").read_text() == before
 
 
+def test_a_run_may_go_on_laid_out_saved_and_told_of_otherwise(folders, tmp_path):
+    checkpoint.claim_workdir(tmp_path, config_of(folders))
+    data = dataclasses.replace(config_of(folders).data, cache_dir="elsewhere")
+    free = dict(mesh=MeshConfig(fsdp=4), remat=True, log_every=9, checkpoint_every=9, profile_steps=1, data=data)
+    checkpoint.claim_workdir(tmp_path, config_of(folders, **free))
+    with pytest.raises(ValueError, match=r"go back to: data\.length=24 \(now 48\)$"):
+        checkpoint.claim_workdir(tmp_path, config_of(folders, data=dataclasses.replace(data, length=48), remat=True))
+
+
+def test_processes_that_see_other_documents_are_told(folders, tmp_path, monkeypatch):
+    """The other process answers as one that found another file of this name would."""
+    (tmp_path / "text").write_text("one text, and more of it. " * 40)
+    data = DataConfig(task="text", path=str(tmp_path / "text"), length=24, cache_dir=str(tmp_path / "cache"))
+    others = '{"text": "text/0123/1.1.0"}'
+    monkeypatch.setattr(distributed, "gather", lambda text: [text, others])
+    told = r"different documents: text is 'text/\w{20}/1.1.0' in process 0 and 'text/0123/1.1.0' in process 1"
+    with pytest.raises(ValueError, match=told):
+        pipeline.train_iterator(data, vocab_size=257, seed=0)
+
+
 def test_foreign_checkpoints_are_refused(folders, tmp_path):
     config = config_of(folders)
     train.train(config, tmp_path / "a")
@@ -278,6 +324,30 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(folders, tmp_path, ho
     damage(tmp_path / "checkpoints" / "4", how)
     with pytest.raises(ValueError, match=r"(?s)checkpoints/6: damaged: .*checkpoints/4: damaged: "):
         train.train(config, tmp_path)
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "where, told", (("array_metadatas", "Too many levels"), ("ocdbt.process_0/d", "reading array"))
+)
+def test_a_disk_that_fails_is_no_damage(tmp_path, where, told):
+    """An error of the file system, met by Orbax's Python and by TensorStore: nothing is set aside."""
+    gates = nnx.state(helpers.tiny_model(GateConfig(width=32)), GateParam)
+    state = checkpoint.TrainState(gates, train.make_optimizer(OptimizerConfig(), 200).init(gates), jnp.int32(4))
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        checkpoint.save(manager, state, {"at": 4})
+        manager.wait_until_finished()
+        files = (p for p in (tmp_path / "checkpoints" / "4" / "state" / where).rglob("*") if p.is_file())
+        path = max(files, key=lambda p: p.stat().st_size)  # the other ones of `d` are old or small
+        content = path.read_bytes()
+        path.unlink()
+        path.symlink_to(path.name)  # reading it fails for a reason that says nothing of what is in it
+        with pytest.raises(Exception, match=told):
+            checkpoint.restore_latest(manager, state)
+        path.unlink()
+        path.write_bytes(content)
+        assert same(checkpoint.restore_latest(manager, state), (state, {"at": 4}))
     gc.collect()
 
 

@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Bool, Int32
 
+from retention_jax import distributed
 from retention_jax.config import DataConfig
 from retention_jax.data import builders
 
@@ -107,13 +108,17 @@ def train_iterator(config: DataConfig, *, vocab_size: int, seed: int) -> grain.D
     `get_state()` is a dict for JSON; `set_state` of it on a new iterator of the same arguments continues bitwise.
 
     Raises:
-      ValueError: when a source has tokens that the vocabulary lacks, and as `prepare` does.
+      ValueError: when a source has tokens that the vocabulary lacks, when processes found other documents under the
+        same names, and as `prepare` does.
     """
     made = prepare(config, seed)
+    names = config.files or (config.task,)
+    # A dataset's name has a digest of its documents.
+    distributed.agree_on("documents", {n: builder.info.full_name for n, builder in zip(names, made, strict=True)})
     if jax.process_index() == 0 and (warning := _left_out(config, made)):
         logging.warning("%s", warning)
     sources = [documents(builder, "train") for builder in made]
-    for name, builder in zip(config.files or (config.task,), made, strict=True):
+    for name, builder in zip(names, made, strict=True):
         if (needed := builders.metadata(builder)["vocab_size"]) > vocab_size:
             raise ValueError(f"{name} has token {needed - 1}; the model's vocabulary is {vocab_size}")
     seeded = [grain.MapDataset.source(source).seed(seed) for source in sources]

@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from retention_jax import decoding
+from retention_jax.cache import Buffer
 from retention_jax.config import CacheConfig, EvalConfig
 from retention_jax.evaluation import devices, prompts
 from retention_jax.evaluation.journal import Result, Unit
@@ -91,15 +94,14 @@ class Answers:
         compiled, started = devices.compile_seconds(), time.perf_counter()
         buffer, last, done, stats = None, [], [], {}
         if batch[0].context:
-            tokens = np.zeros((len(batch), decoding.bucket(max(len(p.context) for p in batch), cache.prefill_chunk)))
-            tokens = tokens.astype(np.int32)
-            for row, prompt in zip(tokens, batch, strict=True):
-                row[: len(prompt.context)] = prompt.context
-            _, buffer = decoding.prefill(self.model, tokens, cache, lengths=[len(p.context) for p in batch])
+            buffer = self._read([prompt.context for prompt in batch], cache, None)
         for turn, max_new_tokens in enumerate(self.new_tokens[batch[0].index]):
+            asked = [self._asked(prompt, turn, last[i] if last else None) for i, prompt in enumerate(batch)]
+            # Where the answer is to leave no trace, the question is read once more, on a buffer of its own.
+            untouched = self._read(asked, cache, jax.tree.map(jnp.copy, buffer)) if batch[0].told[turn] else None
             out = decoding.generate(
                 self.model,
-                [self._asked(prompt, turn, last[i] if turn else None) for i, prompt in enumerate(batch)],
+                asked,
                 cache,
                 max_new_tokens=max_new_tokens,
                 temperature=self.config.temperature,
@@ -109,27 +111,38 @@ class Answers:
                 row_ids=[prompt.first_turn + turn for prompt in batch],
                 buffer=buffer,
             )
-            buffer, last, stats = out.buffer, [row[-1] for row in out.tokens], out.stats
+            stats = out.stats
             done.append(out.tokens)
+            buffer, last = (out.buffer, [row[-1] for row in out.tokens]) if untouched is None else (untouched, [])
         seconds = time.perf_counter() - started - (devices.compile_seconds() - compiled)
-        answers = {prompt.index: [turn[i] for turn in done] for i, prompt in enumerate(batch)}
+        answers = {prompt.index: (prompt, [turn[i] for turn in done]) for i, prompt in enumerate(batch)}
         return {
-            "answers": [self._scored(index, turn, new) for index, of in answers.items() for turn, new in enumerate(of)],
+            "answers": [
+                self._scored(prompt, turn, new) for prompt, of in answers.values() for turn, new in enumerate(of)
+            ],
             "kv_bytes": int(stats["kv_bytes"]) // len(batch),
             "full_kv_bytes": full_kv_bytes(self.model, max(map(_tokens_seen, batch, zip(*done, strict=True)))),
             "seconds": seconds,
             "peak_bytes": devices.peak_bytes(),
         }
 
+    def _read(self, texts: list[list[int]], cache: CacheConfig, buffer: Buffer | None) -> Buffer:
+        """The buffer after one more text in each row."""
+        lengths = [len(text) for text in texts]
+        tokens = np.zeros((len(texts), decoding.bucket(max(lengths), cache.prefill_chunk)), np.int32)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: len(text)] = text
+        return decoding.prefill(self.model, tokens, cache, lengths=lengths, buffer=buffer)[1]
+
     def _asked(self, prompt: Prompt, turn: int, last: int | None) -> list[int]:
         """A turn's tokens. Before them goes the answer's last one, not yet read, unless the closing stands for it."""
         tokens = prompt.turns[turn]
         return tokens if last is None or (prompt.closing and last in self.tokenizer.stop_tokens) else [last, *tokens]
 
-    def _scored(self, index: int, turn: int, new: list[int]) -> dict[str, Any]:
-        """One answer; what is scored of it is what stands behind the model's thoughts, if it ended them."""
-        example, text = self.definition.examples[index], self.tokenizer.decode(new)
-        score = self.definition.score(example, turn, text.rpartition("</think>")[2])
+    def _scored(self, prompt: Prompt, turn: int, new: list[int]) -> dict[str, Any]:
+        """One answer, scored by what stands behind the model's thoughts."""
+        example, text = self.definition.examples[prompt.index], self.tokenizer.decode(new)
+        score = self.definition.score(example, turn, behind_thoughts(self.tokenizer.decode(prompt.turns[turn]), text))
         stopped = new[-1] in self.tokenizer.stop_tokens
         told = {"example": example.name, "turn": turn, "text": text, "tokens": len(new), "stopped": stopped}
         return {**told, "score": float(score)}
@@ -138,15 +151,15 @@ class Answers:
         """The row of one policy and budget, whose units' results are given."""
         unit, seconds = next(iter(results)), sum(r["seconds"] for r in results.values())
         answers = [answer for result in results.values() for answer in result["answers"]]
+        turns = {example.name: example.turns for example in self.definition.examples}
         scores: dict[str, list[float]] = {}
+        of_groups: dict[str, dict[str, list[float]]] = {}
         for answer in answers:
-            scores.setdefault(answer["example"], []).append(answer["score"])
-        of_problem = {name: float(np.mean(found)) for name, found in scores.items()}
-        groups: dict[str, list[float]] = {}
-        for example in self.definition.examples[: self.config.limit]:
-            if example.group:
-                groups.setdefault(example.group, []).append(of_problem[example.name])
-        score, low, high = interval(list(of_problem.values()))
+            problem, group = answer["example"], turns[answer["example"]][answer["turn"]].group
+            scores.setdefault(problem, []).append(answer["score"])
+            if group:
+                of_groups.setdefault(group, {}).setdefault(problem, []).append(answer["score"])
+        score, low, high = interval(_means(scores))
         return Row(
             task=self.task,
             length=self.length,
@@ -164,14 +177,25 @@ class Answers:
             seconds=seconds,
             tokens_per_second=sum(answer["tokens"] for answer in answers) / seconds,
             peak_bytes=devices.most(r["peak_bytes"] for r in results.values()),
-            groups={name: float(np.mean(found)) for name, found in sorted(groups.items())},
+            groups={name: float(np.mean(_means(found))) for name, found in sorted(of_groups.items())},
             cut=self.cut,
         )
+
+
+def behind_thoughts(asked: str, text: str) -> str:
+    """What a model says when it has thought; "" where its thinking, begun by itself or by the prompt, was cut off."""
+    said = text.rpartition("</think>")[2]
+    begun = "<think>" in said or ("</think>" not in text and asked.rstrip().endswith("<think>"))
+    return "" if begun else said
 
 
 def seed_of(seed: int, sample: int) -> int:
     """What a sample's draws start from. The sum of the two would give runs with other seeds the same samples."""
     return int(np.random.SeedSequence((seed, sample)).generate_state(1)[0])
+
+
+def _means(scores: dict[str, list[float]]) -> list[float]:
+    return [float(np.mean(of_problem)) for of_problem in scores.values()]
 
 
 def _most_tokens(prompt: Prompt, new_tokens: tuple[int, ...]) -> int:
@@ -181,4 +205,4 @@ def _most_tokens(prompt: Prompt, new_tokens: tuple[int, ...]) -> int:
 
 def _tokens_seen(prompt: Prompt, answers: Sequence[Sequence[int]]) -> int:
     """Tokens that a prompt with its answers had; those between turns that one may stand for are counted twice."""
-    return num_tokens(prompt) + sum(map(len, answers))
+    return num_tokens(prompt) + sum(len(new) for new, told in zip(answers, prompt.told, strict=True) if not told)

@@ -19,6 +19,7 @@ class Prompt(NamedTuple):
     context: list[int]  # () where nothing is read before the question is known
     turns: list[list[int]]  # of each turn: its question, what opens the answer, and the answer's given beginning
     closing: bool  # whether a later turn's tokens begin with what ends the answer before it
+    told: tuple[bool, ...]  # of each turn: whether the next one's tokens begin with what stands for its answer
     cut: bool  # whether something was taken out, as the task's authors do with prompts that are too long
 
 
@@ -69,6 +70,7 @@ def of_task(
                 context=tokens[:split],
                 turns=[tokens[split:], *(turn for turn, _ in later)],
                 closing=any(closing for _, closing in later),
+                told=(*(turn.told is not None for turn in example.turns[:-1]), False),
                 cut=cut is not None,
             )
         )
@@ -148,10 +150,14 @@ def _first(
 def _later(
     example: Example, turn: int, tokenizer: Tokenizer, templated: bool, template_kwargs: dict[str, Any]
 ) -> tuple[list[int], bool]:
-    """Tokens from the end of the answer before a turn to where its own answer begins, and whether they end that one."""
-    asked = example.turns[turn]
+    """Tokens from the end of the answer before a turn to where its own answer begins, and whether they end that one.
+
+    What is told in place of that answer comes first.
+    """
+    asked, told = example.turns[turn], example.turns[turn - 1].told
     if not templated:
-        return tokenizer.encode(asked.question + asked.answer_prefix, bos=False), False
+        told = "" if told is None else f"{told}\n\n"
+        return tokenizer.encode(told + asked.question + asked.answer_prefix, bos=False), False
     # What was said before does not matter to what comes after an answer.
     messages = [
         {"role": "user", "content": "-"},
@@ -159,7 +165,7 @@ def _later(
         {"role": "user", "content": asked.question},
     ]
     closing, after = chat.continuation(tokenizer, messages, 1, template_kwargs=template_kwargs)
-    return tokenizer.encode(closing + after + asked.answer_prefix, bos=False), bool(closing)
+    return tokenizer.encode((told or "") + closing + after + asked.answer_prefix, bos=False), bool(closing)
 
 
 def batches(prompts: Sequence[Prompt], max_new_tokens: Sequence[tuple[int, ...]], size: int) -> list[list[Prompt]]:
@@ -167,9 +173,10 @@ def batches(prompts: Sequence[Prompt], max_new_tokens: Sequence[tuple[int, ...]]
 
     A last batch that is not full repeats its last prompt, so that it needs no program of its own.
     """
-    kinds: dict[tuple[bool, tuple[int, ...]], list[Prompt]] = {}
+    kinds: dict[tuple[bool, tuple[bool, ...], tuple[int, ...]], list[Prompt]] = {}
     for prompt in prompts:
-        kinds.setdefault((bool(prompt.context), max_new_tokens[prompt.index]), []).append(prompt)
+        kind = bool(prompt.context), prompt.told, max_new_tokens[prompt.index]
+        kinds.setdefault(kind, []).append(prompt)
     found = []
     for alike in kinds.values():
         alike.sort(key=lambda p: (-len(p.context), -len(p.turns[0]), p.index))

@@ -60,8 +60,9 @@ def select_top(
     need = jnp.full((score.shape[0], groups), capacity, jnp.int32)
     keys = (order_key(score), pos.astype(jnp.uint32), ~head.astype(jnp.uint32))
     chosen, tied = jnp.zeros_like(live), live
-    for key in keys:
-        above, tied, need = _split_at_threshold(key, tied, need, count, spread)
+    for name, key in zip(("score", "position", "head"), keys, strict=True):
+        with jax.named_scope(f"search_by_{name}"):  # for the count of what a compiled program does
+            above, tied, need = _split_at_threshold(key, tied, need, count, spread)
         chosen = chosen | above
     return chosen | tied
 

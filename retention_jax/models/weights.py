@@ -92,6 +92,8 @@ def _without_values(folder: pathlib.Path, gate: GateConfig, dtype: str) -> Decod
 def _read_backbone(model: Decoder, folder: pathlib.Path, mesh: Mesh | None, table: dict[str, P]) -> None:
     """Puts a checkpoint's weights into a decoder, in place."""
     mesh, cfg = mesh and sharding.automatic(mesh), model.config
+    if mesh is not None:
+        sharding.warn_of_uncut(mesh, model, table)
     found = tensors.read_headers(tensors.checkpoint_files(folder))
     if cfg.tie_embeddings:
         found.pop("lm_head.weight", None)  # some exporters write the tied head out as well

@@ -7,6 +7,7 @@ writes `retention_24_0.trace.npz` into the folder, where `python -m retention_ja
 The recall task makes streams of its own; a model of text reads `--text=FILE`, in pieces of `--length` tokens.
 """
 
+import dataclasses
 import functools
 import io
 import pathlib
@@ -259,7 +260,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
         problems.append(f"--text must name a file for a config whose data.task is {config.data.task!r}")
     if problems:
         raise ValueError("trace: " + "; ".join(problems))
-    cache = evaluate.cache_config(values.policy, values.budget, recent, length, values.seed)
+    told = dataclasses.replace(config.eval, recent=recent, seed=values.seed)
+    cache = evaluate.buffer_of(told, values.policy, values.budget, length)
     backbone, gates = evaluate.checkpoint_folders(values.checkpoint, config.backbone, [values.policy])
     if values.text:
         texts = file_texts(pathlib.Path(values.text).expanduser(), config, length, values.sequences)

@@ -11,6 +11,8 @@ class Turn(NamedTuple):
     gold: tuple[str, ...]  # reference answers; the task's `score` says how an answer is compared with them
     max_new_tokens: int  # as published
     answer_prefix: str = ""  # what the model is made to begin its answer with; not part of what is scored
+    group: str = ""  # what its scores are also averaged over, such as a domain or a difficulty
+    told: str | None = None  # what later turns are read behind, in place of the model's answer; None: that answer
 
 
 class Example(NamedTuple):
@@ -19,7 +21,6 @@ class Example(NamedTuple):
     name: str  # unique in its task, and the same in every run
     context: str  # all that is read before an eviction that does not know the question; "" where there is none
     turns: tuple[Turn, ...]  # at least one
-    group: str = ""  # what its scores are also averaged over, such as a domain or a difficulty
 
 
 # What is taken out of a prompt that is too long for a model: tokens from the middle of context and first question

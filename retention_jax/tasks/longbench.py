@@ -156,8 +156,14 @@ def load(name: str, source: str) -> Task:
         Example(
             row["_id"],
             before + row["context"],
-            (Turn(after.format(input=row["input"]), tuple(row["answers"]), task.max_new_tokens),),
-            _length(row["length"]) if name.endswith("_e") else "",
+            (
+                Turn(
+                    after.format(input=row["input"]),
+                    tuple(row["answers"]),
+                    task.max_new_tokens,
+                    group=_length(row["length"]) if name.endswith("_e") else "",
+                ),
+            ),
         )
         for row in rows
     )

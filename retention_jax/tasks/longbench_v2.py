@@ -37,8 +37,14 @@ def load(name: str, source: str) -> Task:
         Example(
             row["_id"],
             _BEFORE + row["context"].strip(),
-            (Turn(_AFTER.format(**{k: row[k].strip() for k in _ASKED}), (row["answer"],), _MAX_NEW_TOKENS),),
-            f"{row['difficulty']}, {row['length']}",
+            (
+                Turn(
+                    _AFTER.format(**{k: row[k].strip() for k in _ASKED}),
+                    (row["answer"],),
+                    _MAX_NEW_TOKENS,
+                    group=f"{row['difficulty']}, {row['length']}",
+                ),
+            ),
         )
         for row in rows
         if name in ("all", row["difficulty"], row["length"])

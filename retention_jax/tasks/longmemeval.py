@@ -99,8 +99,14 @@ def load(name: str, source: str, ask: Callable[[str], str]) -> Task:
         Example(
             row["question_id"],
             reading.before + history(row["haystack_dates"], row["haystack_sessions"]),
-            (Turn(reading.after.format(**row), (str(row["answer"]),), reading.max_new_tokens),),
-            row["question_type"] + (", abstention" if _ABSTENTION in row["question_id"] else ""),
+            (
+                Turn(
+                    reading.after.format(**row),
+                    (str(row["answer"]),),
+                    reading.max_new_tokens,
+                    group=row["question_type"] + (", abstention" if _ABSTENTION in row["question_id"] else ""),
+                ),
+            ),
         )
         for row in rows
     )

@@ -46,7 +46,7 @@ def is_right(answer: str, gold: str) -> bool:
       answer: all that the model wrote; without a mark (`final_answer`), its last numbers or formulas count.
       gold: LaTeX or a number, without marks.
 
-    An answer that takes more than `TIME_LIMIT`, or ends the comparing process, is wrong.
+    An answer that takes more than `TIME_LIMIT`, or ends a fresh comparing process, is wrong.
     """
     marked = final_answer(answer)
     if marked is not None and _bare(marked) == _bare(gold):

@@ -61,4 +61,4 @@ def _example(name: str, number: int, row: dict[str, Any], max_new_tokens: int) -
             raise ValueError(f"answer must end in #### and the result, not {solution[-40:]!r}")
     question = f"{problem.strip()}\n{INSTRUCTION}"
     group = f"level {row['level']}" if name == "math500" and "level" in row else ""
-    return Example(f"{name}/{number}", "", (Turn(question, (answer.strip(),), max_new_tokens),), group)
+    return Example(f"{name}/{number}", "", (Turn(question, (answer.strip(),), max_new_tokens, group=group),))

@@ -2,8 +2,8 @@
 
 Prompts, answer lengths and scores are those of github.com/microsoft/MInference, `scbench/eval_utils.py` and
 `scbench/compute_scores.py`, in chat templates as in its scripts; published runs are greedy, take tokens out of the
-middle of a context that is too long (`text_metrics.truncated_middle`), and show the model the reference answers of
-earlier turns, `gold[0]`, instead of its own. Where the published script does not do what it means, this does:
+middle of a context that is too long (`text_metrics.truncated_middle`), and let the model read the reference answers of
+earlier turns instead of its own. Where the published script does not do what it means, this does:
 
     many_shot, qa_chn   an answer is compared with the reference; the script compares it with every single character
                         of the reference, so nearly all answers to many_shot are right there
@@ -57,7 +57,8 @@ _SUB_TASKS = {
     "many_shot": _SubTask("", "{input}", {"many_shot": 10}, "accuracy"),
     "mf": _SubTask("{prefix}\n\n", "What is {quantity}?\n\n{input}", {"mf": 5}, "accuracy"),
     "summary": _SubTask("", "{input}", {"summary": 200}, "ROUGE-Lsum"),
-    "summary_with_needles": _SubTask("", "{input}", {"summary": 800, "passkey": 15}, "ROUGE-Lsum, accuracy"),
+    # Published are two numbers, here groups: ROUGE-Lsum of the summaries, accuracy of the needles.
+    "summary_with_needles": _SubTask("", "{input}", {"summary": 800, "passkey": 15}, "mean of ROUGE-Lsum and accuracy"),
 }
 NAMES = tuple(_SUB_TASKS)
 MODES = ("multi_turn", "same_context")
@@ -70,7 +71,7 @@ def load(name: str, source: str, mode: str) -> Task:
 
     In "multi_turn" an example is a context and its questions, each read after those before it. In "same_context" an
     example is a context and one question, and the examples of a context follow each other. Groups: the task that the
-    examples of many_shot show, and in "same_context" the kind of question of summary_with_needles.
+    examples of many_shot show, and the kinds of question of summary_with_needles.
 
     Raises:
       ValueError: when there is no such task or mode, and as `checked_rows` does.
@@ -79,24 +80,20 @@ def load(name: str, source: str, mode: str) -> Task:
     if mode not in MODES:
         raise ValueError(f"{mode!r} must be a mode of SCBench, {' or '.join(MODES)}")
     rows = checked_rows(source, lambda row: _problems(name, row))
-    examples, kinds = [], {}
+    examples = []
     for number, row in enumerate(rows, 1):
-        turns = row["multi_turns"]
-        of_turns = [turn["task"].removeprefix("scbench_") if _is_mixed(name) else name for turn in turns]
+        turns, context = row["multi_turns"], _context(name, row, mode)
         group = row["task"] if name == "many_shot" else ""
-        context = _context(name, row, mode)
         if mode == "multi_turn":
-            kinds[str(number)] = of_turns
-            asked = tuple(_turn(name, of_turns[i], turns[i], i) for i in range(len(turns)))
-            examples.append(Example(str(number), context, asked, group))
+            asked = tuple(_turn(name, turn, i, group) for i, turn in enumerate(turns))
+            examples.append(Example(str(number), context, asked))
             continue
-        for i, (turn, kind) in enumerate(zip(turns, of_turns, strict=True)):
-            kinds[f"{number}, {i + 1}"] = [kind]
-            asked = (_turn(name, kind, turn, None),)
-            examples.append(Example(f"{number}, {i + 1}", context, asked, kind if _is_mixed(name) else group))
+        for i, turn in enumerate(turns, 1):
+            examples.append(Example(f"{number}, {i}", context, (_turn(name, turn, None, group),)))
 
     def score(example: Example, turn: int, answer: str) -> float:
-        return _SCORES[kinds[example.name][turn]](answer, example.turns[turn].gold)
+        asked = example.turns[turn]
+        return _SCORES[asked.group if _is_mixed(name) else name](answer, asked.gold)
 
     source = "arXiv 2412.10319, github.com/microsoft/MInference"
     return Task(tuple(examples), _SUB_TASKS[name].metric, score, True, source, "middle of context")
@@ -109,9 +106,10 @@ def _context(name: str, row: dict[str, Any], mode: str) -> str:
     return _SUB_TASKS[name].before.format(prefix=prefix) + str(row["context"] if "context" in row else row["input"])
 
 
-def _turn(name: str, kind: str, turn: dict[str, Any], place: int | None) -> Turn:
+def _turn(name: str, turn: dict[str, Any], place: int | None, group: str) -> Turn:
     """A question at its place in a conversation, None for one that stands right behind the context."""
     task = _SUB_TASKS[name]
+    kind = turn["task"].removeprefix("scbench_") if _is_mixed(name) else name
     asked = task.asked
     if name == "mf" and place == 0:
         asked = "{input}"  # what it asks for is said before the context
@@ -127,6 +125,8 @@ def _turn(name: str, kind: str, turn: dict[str, Any], place: int | None) -> Turn
         gold,
         task.max_new_tokens[kind],
         "This paper" if later_summary else "",
+        group=kind if _is_mixed(name) else group,
+        told=str(answer),
     )
 
 

@@ -25,26 +25,37 @@ PACK: dict[str, Any] = {
 jit = functools.partial(jax.jit, static_argnames=("capacity", "groups", "shared"))
 every_select = pytest.mark.parametrize("op", [*map(jit, SELECT.values())], ids=SELECT)
 every_pack = pytest.mark.parametrize("module", [*PACK.values()], ids=PACK)
-# Ragged; empty heads and an empty row; one head that owns all; a pool that is full.
-SIZES = [[5, 300, 41, 0], [0, 0, 0, 0], [0, 0, 400, 0], [100, 100, 100, 100]]
+WINDOW = 70
+
+
+def sizes(slots: int) -> list[list[int]]:
+    """Ragged; empty heads and an empty row; one head that owns all; a pool that is full."""
+    return [[5, 3 * slots // 4, 41, 0], [0, 0, 0, 0], [0, 0, slots, 0], [slots // 4] * 4]
 
 
 @every_select
-@pytest.mark.parametrize("scores", ["spread", "tied", "equal", "by token"])
-@pytest.mark.parametrize("capacity, groups", [(400, 1), (60, 1), (60, 4), (2000, 1)])
-def test_who_survives(op, scores, capacity, groups):
-    x = make(0, SIZES, slots=400, window=13, scores=scores)
+@pytest.mark.parametrize(
+    "capacity, groups, scores",
+    [*((1100, 1, scores) for scores in ("spread", "tied", "equal", "by token")), (60, 1, "tied"), (60, 4, "spread")]
+    + [(60, 4, "tied"), (2000, 1, "spread")],
+)
+def test_who_survives(op, capacity, groups, scores, monkeypatch):
+    monkeypatch.setattr(evict_select_tpu, "SELECT_ROWS", 8)  # so that a search takes two steps, and heads lie in both
+    x = make(0, sizes(1100), 1100, WINDOW, scores)
     got = select(op, x, capacity, groups)
     np.testing.assert_array_equal(got, survivors(x, capacity, groups))
     np.testing.assert_array_equal(select(op, x, capacity, groups), got)
 
 
 @every_pack
-@pytest.mark.parametrize("shape, dtype", [((128,), ml_dtypes.bfloat16), ((96,), np.float32), ((), np.float32)])
-def test_what_survives_keeps_its_bytes(module, shape, dtype: Any):
-    x = make(1, SIZES, slots=400, window=13, scores="spread")
-    pool, window = any_bytes(2, dtype, 4, 400, *shape), any_bytes(3, dtype, 4, 52, *shape)
-    for capacity, groups in ((400, 1), (20, 4)):
+@pytest.mark.parametrize(
+    "slots, shape, dtype", [(300, (128,), ml_dtypes.bfloat16), (300, (96,), np.float32), (700, (), np.float32)]
+)
+def test_what_survives_keeps_its_bytes(module, slots, shape, dtype: Any):
+    new = 4 * WINDOW  # on TPU pool and windows are three blocks each, those of 700 slots of two tiles
+    x = make(1, sizes(slots), slots, WINDOW, scores="spread")
+    pool, window = any_bytes(2, dtype, 4, slots, *shape), any_bytes(3, dtype, 4, new, *shape)
+    for capacity, groups in ((slots, 1), (20, 4)):
         keep = survivors(x, capacity, groups)
         got, offset = pack(module, x, keep, pool, window)
         want, want_offset = packed(x, keep, pool, window)
