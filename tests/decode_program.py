@@ -42,7 +42,7 @@ def large_writes(
 ) -> list[str]:
     """Instructions of a compiled program that write an array of so many elements or more to memory, but for
     evictions (loops under the name `evict`) unless asked for. Arrays in a TPU's vector memory, S(1), do not count, nor
-    what is not `inside` a loop of that name."""
+    what is not `inside` a loop under that name."""
     text = compiled.as_text()
     assert text is not None
     computations, name, entry = {}, "", ""
@@ -52,6 +52,9 @@ def large_writes(
             computations[name], entry = [], name if head[1] else entry
         elif name and (found := INSTRUCTION.match(line)):
             computations[name].append((found, line))
+
+    def is_inside(found: re.Match[str], line: str) -> bool:
+        return found["opcode"] == "while" and f"/{inside}/" in line
 
     def visit(name: str, seen: set[str], counts: bool) -> Iterator[str]:
         if name in seen:
@@ -73,9 +76,9 @@ def large_writes(
             if found["opcode"] in ("while", "conditional", "call"):
                 branches = [b.strip(" %") for group in BRANCHES.findall(line) for b in group.split(",")]
                 for called in CALLED.findall(line) + branches:
-                    yield from visit(called, seen, counts or (found["opcode"] == "while" and f'"{inside}"' in line))
+                    yield from visit(called, seen, counts or is_inside(found, line))
 
-    assert entry
+    assert entry and (not inside or any(is_inside(*x) for lines in computations.values() for x in lines))
     return list(visit(entry, set(), not inside))
 
 
@@ -100,10 +103,6 @@ def lower_run(model, token, active, buffer, *, place=lambda tree: tree) -> jax.s
     """The loop of many tokens and their evictions."""
     model, _, _, buffer = place((model, token, active, buffer))
     return decoding.lower_run(model, buffer, 32)
-
-
-# The loop over tokens, without what evictions do before their own loop.
-TOKENS = "jit(_decode_run)/while/body/while"
 
 
 def lower_chunk(model, tokens, valid, buffer, *, place=lambda tree: tree) -> jax.stages.Lowered:
@@ -136,7 +135,8 @@ def main(topology: str) -> None:
             args = arguments(config, budget=2**17, batch=2, recent=2**16)
             report(name, lower_step(*args, place=place), args[3].pool.pos.size)
         args = arguments(model, budget=2**17, batch=2)
-        report("run", lower_run(*args, place=place), args[3].pool.pos.size, inside=TOKENS)
+        # Not what the compiler does for evictions before their loop.
+        report("run", lower_run(*args, place=place), args[3].pool.pos.size, inside="tokens")
         chunk = jax.ShapeDtypeStruct((2, 256), jnp.int32), jax.ShapeDtypeStruct((2, 256), bool)
         report("chunk", lower_chunk(args[0], *chunk, args[3], place=place), args[3].pool.pos.size)
 
