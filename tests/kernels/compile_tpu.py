@@ -113,8 +113,8 @@ def compile_programs(topology: str, model: Model) -> None:
             layer=shaped(i32),
         )
         of_rows = shaped(i32, batch)
-        window = Window(shaped(i32), of_rows, of_rows, shaped(i32, batch, slots)) if model.sliding else None
-        read = lambda q, held, window: buffer_attention(q, **held, window=window)
+        window = (shaped(i32), of_rows, of_rows, shaped(i32, batch, slots)) if model.sliding else None
+        read = lambda q, held, window: buffer_attention(q, **held, window=window and Window(*window))
         return read, (shaped(bf16, batch, tokens, N, H), held, window)
 
     slots, new = all_heads * model.budget, all_heads * WINDOW
