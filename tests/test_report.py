@@ -156,7 +156,7 @@ class Reader(html.parser.HTMLParser):
 
 def row(**changes):
     one = Row(
-        "recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 2000, 9000, 1.0, 900.0, None, {}, 0
+        "recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 2000, 9000, 1.0, 900.0, None, {}, 0, []
     )
     return one._replace(**changes)
 
