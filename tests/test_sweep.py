@@ -14,6 +14,7 @@ import weakref
 from typing import get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_model
@@ -215,16 +216,19 @@ def test_told_answers_are_read_in_place_of_the_models(model, tok, tmp_path):
         task._replace(chat=False), tok, limit=None, query_aware=False, template_kwargs={}, room=[999]
     )
     assert tok.decode(plain.turns[1]) == "two red foxes\n\nand the dog?"
-    cache, buffer = evaluate.cache_config("snapkv", row.budget, 4, 256, 0), None
-    read = lambda text, buffer: decoding.prefill(model, np.array([text], np.int32), cache, buffer=buffer)
-    _, buffer = read(prompt.context, buffer)
+    cache = evaluate.cache_config("snapkv", row.budget, CONFIG.recent, row.length, 0)
+
+    def read(text, buffer):
+        tokens = np.zeros((1, decoding.bucket(len(text), None)), np.int32)
+        tokens[0, : len(text)] = text
+        return decoding.prefill(model, tokens, cache, lengths=[len(text)], buffer=buffer)[1]
+
+    buffer = read(prompt.context, None)
     for turn, answer in zip(prompt.turns, done["answers"], strict=True):
-        logits, buffer = read(turn, buffer)
-        new, branch = [int(np.argmax(logits))], jax.tree.map(np.array, buffer)
-        while len(new) < 3 and new[-1] not in tok.stop_tokens:
-            logits, branch = decoding.decode(model, np.array(new[-1:], np.int32), branch)
-            new.append(int(np.argmax(logits)))
-        assert answer["text"] == tok.decode(new)
+        branch = jax.tree.map(jnp.copy, buffer)
+        out = decoding.generate(model, [turn], cache, max_new_tokens=3, stop_tokens=tok.stop_tokens, buffer=branch)
+        assert answer["text"] == tok.decode(out.tokens[0])
+        buffer = read(turn, buffer)
 
 
 def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):

@@ -3,7 +3,13 @@
     python -m retention_jax.report --results=runs/recall/eval --output=report.html
 
 reads results.json and the traces of `python -m retention_jax.report.trace` (*.trace.npz), and writes a page that
-needs no network, and beside it the figures as PNG files, report_*.png.
+needs no network, and beside it the figures as PNG files, report_*.png. How the page looks, and what its console says:
+
+    python -m http.server 8000 --bind 127.0.0.1 &
+    chromium --headless=new --no-sandbox --hide-scrollbars --enable-logging=stderr --window-size=1280,2600 \
+        --virtual-time-budget=15000 --screenshot=report.png http://127.0.0.1:8000/report.html 2>&1 | grep CONSOLE
+
+and once more with --blink-settings=preferredColorScheme=0, for dark pages. The server's log has one request.
 """
 
 import functools
