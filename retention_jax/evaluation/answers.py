@@ -163,6 +163,8 @@ class Answers:
         def score(told: dict[str, Any]) -> float:
             prompt, turn = asked[told["example"]], told["turn"]
             said = behind_thoughts(self.tokenizer.decode(prompt.turns[turn]), told["text"])
+            if not told["stopped"] and self.definition.of_unended is not None:
+                said = self.definition.of_unended(said)
             return float(self.definition.score(self.definition.examples[prompt.index], turn, said))
 
         return [score(told) for told in result["answers"]]

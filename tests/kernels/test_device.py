@@ -62,6 +62,16 @@ def on_cpu(function, *args):
         return jax.tree.map(np.asarray, function(*args))
 
 
+def whole(op):
+    """Plain JAX with float32 products of all bits, where a device would take TF32 or passes of bfloat16."""
+
+    def run(*args, **named):
+        with jax.default_matmul_precision("highest"):
+            return op(*args, **named)
+
+    return run
+
+
 def largest(got, want) -> float:
     return float(np.abs(np.asarray(got, np.float64) - want).max())
 
@@ -80,7 +90,7 @@ def test_retention_attention(B, K, groups, H, T, dtype: Any):
     wide = tuple(x.astype(np.float64) for x in inputs[:4])
     plain = reference.retention_attention
     truth = on_cpu(value_and_grads, plain, (*wide, inputs[4]), cotangent.astype(np.float64))
-    by_plain, by_kernel = (jax.tree.leaves(value_and_grads(op, inputs, cotangent)) for op in (plain, ATTENTION))
+    by_plain, by_kernel = (jax.tree.leaves(value_and_grads(op, inputs, cotangent)) for op in (whole(plain), ATTENTION))
     for name, want, p, got in zip(("out", *NAMES), jax.tree.leaves(truth), by_plain, by_kernel, strict=True):
         assert largest(got, want) <= 2 * largest(p, want) + 1e-5 * max(1.0, np.abs(want).max()), name
 
@@ -107,14 +117,15 @@ def test_buffer_attention(T, groups, H):
         pool_k=normal(B, slots, H),
         pool_v=normal(B, slots, H),
         offset=np.array([[2000, 5000, 5000, 5003, 6100], [0, 17, 4113, 4200, 9000]], np.int32),
-        recent_k=normal(B, K, R, H),
-        recent_v=normal(B, K, R, H),
-        recent_len=np.array([R, 5], np.int32),
+        recent_k=normal(B, 3, K, R, H),
+        recent_v=normal(B, 3, K, R, H),
+        recent_range=np.array([[0, R], [0, 5]], np.int32),
+        layer=np.int32(1),
     )
     want = _dense(x)
     held = jax.tree.map(jnp.asarray, x)
     plain, kernel = (
-        jax.jit(lambda x, op=op: op(**x).out)(held) for op in (buffer_attention_xla.buffer_attention, BUFFER)
+        jax.jit(lambda x, op=op: op(**x).out)(held) for op in (whole(buffer_attention_xla.buffer_attention), BUFFER)
     )
     assert largest(kernel, want) <= 2 * largest(plain, want) + 1e-5 * np.abs(want).max()
     np.testing.assert_array_equal(kernel, jax.jit(lambda x: BUFFER(**x).out)(held))
@@ -122,14 +133,12 @@ def test_buffer_attention(T, groups, H):
 
 def _dense(x: dict[str, Any]) -> np.ndarray:
     x = {name: a if a.dtype == np.int32 else a.astype(np.float64) for name, a in x.items()}
-    (B, T, N, H), K = x["q"].shape, x["recent_k"].shape[1]
+    (B, T, N, H), K = x["q"].shape, x["recent_k"].shape[2]
     out = np.zeros((B, T, N, H))
     for b in range(B):
         for h in range(K):
-            pool, recent = slice(*x["offset"][b, h : h + 2]), slice(x["recent_len"][b])
-            keys, values = (
-                np.concatenate([x[f"pool_{name}"][b, pool], x[f"recent_{name}"][b, h, recent]]) for name in "kv"
-            )
+            pool, recent = slice(*x["offset"][b, h : h + 2]), (b, x["layer"], h, slice(*x["recent_range"][b]))
+            keys, values = (np.concatenate([x[f"pool_{name}"][b, pool], x[f"recent_{name}"][recent]]) for name in "kv")
             group = slice(h * N // K, (h + 1) * N // K)
             logits = x["q"][b, :, group] @ keys.T * H**-0.5
             weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
