@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from seeds import generator
 
 from retention_jax.kernels import ops
 from retention_jax.kernels.buffer_attention_xla import Window
@@ -33,7 +34,7 @@ def make(
     seed: int, kind: str, T: int, groups: int, recent_len: tuple[int, ...], dtype: Any = np.float32, H: int = 8
 ) -> dict[str, np.ndarray]:
     """New tokens and what B rows hold. Rows of `recent_len` below 0 or above R hold none or all of the window."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     normal = lambda *shape: rng.normal(size=shape).astype(dtype)
     return dict(
         q=3 * normal(B, T, K * groups, H),
