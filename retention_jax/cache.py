@@ -171,29 +171,25 @@ def attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""]) ->
 
 def _attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""]) -> Partial:
     """The shards share the recent window's tokens out, so that all have the same to read."""
-    L, K, R = buffer.recent.pos.shape[1:]
+    K, R = buffer.recent.pos.shape[2:]
     here = -(-R // slot_shards.count())
-    first = slot_shards.index() * here
-
-    def part(recent: Float[Array, "B L K R H"]) -> Float[Array, "B K part H"]:
-        of_layer = jax.lax.dynamic_index_in_dim(recent, layer, axis=1, keepdims=False)
-        padded = jnp.pad(of_layer, ((0, 0), (0, 0), (0, here * slot_shards.count() - R), (0, 0)))
-        return jax.lax.dynamic_slice_in_dim(padded, first, here, axis=2)
-
+    end = jnp.minimum(buffer.recent_len, (slot_shards.index() + 1) * here)
+    begin = jnp.minimum(slot_shards.index() * here, end)
     window = None
     if buffer.windows is not None:
-        window = ops.Window(jnp.asarray(buffer.windows, jnp.int32)[layer], buffer.seen, buffer.pool.pos)
+        size = jnp.asarray(buffer.windows, jnp.int32)[layer]
+        window = ops.Window(size, buffer.seen, buffer.seen - buffer.recent_len, buffer.pool.pos)
     return slot_shards.merge(
         ops.buffer_attention(
             q,
             pool_k=buffer.pool.k,
             pool_v=buffer.pool.v,
             offset=jax.lax.dynamic_slice_in_dim(buffer.offset, layer * K, K + 1, axis=1),
-            recent_k=part(buffer.recent.k),
-            recent_v=part(buffer.recent.v),
-            recent_len=buffer.recent_len - first,
+            recent_k=buffer.recent.k,
+            recent_v=buffer.recent.v,
+            recent_range=jnp.stack([begin, end], axis=1),
+            layer=layer,
             window=window,
-            layers=L,
         )
     )
 

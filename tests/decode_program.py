@@ -1,10 +1,11 @@
-"""What the compiled decoding programs write; as a script, for a TPU that is not there: a JSON list for each program.
+"""What the compiled decoding programs write; as a script, for a TPU that is not there, with its kernels: JSON lines.
 
     python tests/decode_program.py v5e:2x2
 
 Needs the libtpu wheel and no TPU.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,9 @@ from collections.abc import Iterator
 
 if __name__ == "__main__":  # before jax is imported: no TPU is looked for, and several compilers may run at once
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ.setdefault("RETENTION_JAX_KERNELS", "tpu")
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,7 @@ from flax import nnx
 from retention_jax import cache, decoding
 from retention_jax.config import CacheConfig, GateConfig
 from retention_jax.model_config import ModelConfig
+from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
 
 # Instructions whose result is no new array, or is written by the computations they call.
@@ -32,9 +37,12 @@ CALLED = re.compile(r"(?:body|condition|to_apply|true_computation|false_computat
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
-def large_writes(compiled: jax.stages.Compiled, elements: int, *, evictions: bool = False) -> list[str]:
+def large_writes(
+    compiled: jax.stages.Compiled, elements: int, *, evictions: bool = False, inside: str = ""
+) -> list[str]:
     """Instructions of a compiled program that write an array of so many elements or more to memory, but for
-    evictions (loops under the name `evict`) unless asked for. Arrays in a TPU's vector memory, S(1), do not count."""
+    evictions (loops under the name `evict`) unless asked for. Arrays in a TPU's vector memory, S(1), do not count, nor
+    what is not `inside` a loop under that name."""
     text = compiled.as_text()
     assert text is not None
     computations, name, entry = {}, "", ""
@@ -45,7 +53,10 @@ def large_writes(compiled: jax.stages.Compiled, elements: int, *, evictions: boo
         elif name and (found := INSTRUCTION.match(line)):
             computations[name].append((found, line))
 
-    def visit(name: str, seen: set[str]) -> Iterator[str]:
+    def is_inside(found: re.Match[str], line: str) -> bool:
+        return found["opcode"] == "while" and f"/{inside}/" in line
+
+    def visit(name: str, seen: set[str], counts: bool) -> Iterator[str]:
         if name in seen:
             return
         seen.add(name)
@@ -58,27 +69,27 @@ def large_writes(compiled: jax.stages.Compiled, elements: int, *, evictions: boo
                 for array in arrays
                 if "S(1)" not in (array["layout"] or "")
             ]
-            if found["opcode"] not in NOT_WRITING and max(sizes, default=0) >= elements:
+            if counts and found["opcode"] not in NOT_WRITING and max(sizes, default=0) >= elements:
                 yield f"{found['opcode']} {found['name']} {found['type']}"
             if found["opcode"] == "while" and "/evict/" in line and not evictions:
                 continue
             if found["opcode"] in ("while", "conditional", "call"):
                 branches = [b.strip(" %") for group in BRANCHES.findall(line) for b in group.split(",")]
                 for called in CALLED.findall(line) + branches:
-                    yield from visit(called, seen)
+                    yield from visit(called, seen, counts or is_inside(found, line))
 
-    assert entry
-    return list(visit(entry, set()))
+    assert entry and (not inside or any(is_inside(*x) for lines in computations.values() for x in lines))
+    return list(visit(entry, set(), not inside))
 
 
-def arguments(model: ModelConfig, budget: int, batch: int) -> tuple:
+def arguments(model: ModelConfig, budget: int, batch: int, recent: int = 16) -> tuple:
     """Shapes of a model, a token and a mark for each row, and a buffer."""
     gate = GateConfig(width=16, offset_init=1.0)
     return (
         nnx.eval_shape(lambda: Decoder(model, gate, rngs=nnx.Rngs(0))),
         jax.ShapeDtypeStruct((batch,), jnp.int32),
         jax.ShapeDtypeStruct((batch,), bool),
-        jax.eval_shape(lambda: cache.empty(model, CacheConfig(budget=budget, recent=16), batch)),
+        jax.eval_shape(lambda: cache.empty(model, CacheConfig(budget=budget, recent=recent), batch)),
     )
 
 
@@ -94,6 +105,11 @@ def lower_run(model, token, active, buffer, *, place=lambda tree: tree) -> jax.s
     return decoding.lower_run(model, buffer, 32)
 
 
+def lower_chunk(model, tokens, valid, buffer, *, place=lambda tree: tree) -> jax.stages.Lowered:
+    """A chunk of a prompt, not yet taken in."""
+    return jax.jit(decoder.extend).lower(*place((model, tokens, valid, buffer)))
+
+
 def main(topology: str) -> None:
     from jax.experimental import topologies
 
@@ -101,20 +117,28 @@ def main(topology: str) -> None:
     mesh = jax.sharding.Mesh(np.array(devices[:1]), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     place = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
-    model = ModelConfig(
-        vocab_size=64,
-        num_layers=2,
-        width=64,
-        num_heads=4,
-        num_kv_heads=2,
-        head_size=128,
-        mlp_width=128,
-        dtype="bfloat16",
-    )
-    args = arguments(model, budget=2**17, batch=2)  # more than fits in vector memory, as real pools are
+    sizes: dict[str, Any] = dict(num_layers=2, num_heads=4, num_kv_heads=2, head_size=128, dtype="bfloat16")
+    model = ModelConfig(vocab_size=64, width=64, mlp_width=128, **sizes)
+    sliding = dataclasses.replace(model, sliding_window=300, sliding_layers=(1,))
+
+    def report(name: str, lowered: jax.stages.Lowered, elements: int, **how: Any) -> None:
+        compiled = lowered.compile()
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        assert memory is not None and text is not None
+        kernels = sorted(set(re.findall(r"%([a-z_]+)[.\d]* = [^\n]* custom-call\(", text)))
+        line = dict(program=name, writes=large_writes(compiled, elements, **how), kernels=kernels)
+        print(json.dumps(line | dict(temporaries=memory.temp_size_in_bytes)), flush=True)
+
+    # More than fits in vector memory, as real pools and windows are; a layer's windows are larger than the positions.
     with jax.set_mesh(mesh):
-        for lower in (lower_step, lower_run):
-            print(json.dumps(large_writes(lower(*args, place=place).compile(), args[3].pool.k.size // 2)))
+        for name, config in (("step", model), ("sliding step", sliding)):
+            args = arguments(config, budget=2**17, batch=2, recent=2**16)
+            report(name, lower_step(*args, place=place), args[3].pool.pos.size)
+        args = arguments(model, budget=2**17, batch=2)
+        # Not what the compiler does for evictions before their loop.
+        report("run", lower_run(*args, place=place), args[3].pool.pos.size, inside="tokens")
+        chunk = jax.ShapeDtypeStruct((2, 256), jnp.int32), jax.ShapeDtypeStruct((2, 256), bool)
+        report("chunk", lower_chunk(args[0], *chunk, args[3], place=place), args[3].pool.pos.size)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,10 @@ def test_temporaries_do_not_grow_with_what_is_kept(shapes):
 
 
 def test_a_run_writes_a_pool_only_when_it_evicts(shapes):
-    compiled = lower_run(*shapes).compile()
-    assert large_writes(compiled, shapes[3].pool.k.size) == []
-    assert large_writes(compiled, shapes[3].pool.k.size, evictions=True) != []
+    compiled, pool = lower_run(*shapes).compile(), shapes[3].pool
+    assert large_writes(compiled, pool.pos.size, inside="tokens") == []
+    assert large_writes(compiled, pool.k.size) == []
+    assert large_writes(compiled, pool.k.size, evictions=True) != []
 
 
 @pytest.mark.parametrize(
@@ -72,15 +73,23 @@ def test_the_check_finds_a_planted_write(shapes, planted):
     assert large_writes(step.lower(*shapes).compile(), shapes[3].pool.k.size) != []
 
 
-def test_the_same_on_tpu():
+def test_the_same_on_tpu_with_its_kernels():
     pytest.importorskip("libtpu")
     script = pathlib.Path(decode_program.__file__)
     run = subprocess.run(
         [sys.executable, script, "v5e:2x2"], capture_output=True, text=True, env=environment_for_tpu_compiler()
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    lists = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("[")]
-    assert lists == [[], []]
+    reports = {(r := json.loads(line))["program"]: r for line in run.stdout.splitlines() if line.startswith("{")}
+    print(reports)
+    assert set(reports) == {"step", "sliding step", "run", "chunk"}
+    for name in ("step", "sliding step"):
+        # A new token's key and value are written into the recent windows where they are: no window is copied.
+        assert [write.split()[0] for write in reports[name]["writes"]] == ["dynamic-update-slice"] * 2
+        assert reports[name]["temporaries"] < 2**20
+        assert reports[name]["kernels"] == ["buffer_attention"]
+    assert reports["run"]["writes"] == reports["chunk"]["writes"] == []
+    assert reports["chunk"]["kernels"] == ["buffer_attention", "retention_attention_forward"]
 
 
 def test_the_run_does_not_grow_with_depth():

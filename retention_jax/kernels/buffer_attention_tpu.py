@@ -3,7 +3,8 @@
 The segments of a layer's heads follow one another in the pool, so a program reads one contiguous piece of it, a block
 after the other, and multiplies every block with the queries of the heads that own slots in it. What of the first and
 the last block belongs to no head is not read, nor what of the recent window is not live. Blocks begin where registers
-do, not where segments do: what a block holds of other heads is masked, its values too, since 0 * nan is nan.
+do, not where segments do: what a block holds of other heads is masked, its values too, since 0 * nan is nan. The recent
+windows of all layers are an operand, since a layer cut out of them would be a copy.
 
 A program does some tokens of one sequence, all heads. The next program's first block is on its way before it begins.
 """
@@ -32,7 +33,6 @@ class Sizes(NamedTuple):
     heads: int
     tiles: int  # programs of a sequence
     programs: int  # of a core
-    recent: int  # tokens of a full window
     blocks: BufferBlocks
     scale: float
 
@@ -52,7 +52,7 @@ class Scratch(NamedTuple):
     column: Any
 
 
-def _kernel(offset, recent_len, oldest, recent_pos, q, pool, recent, out, lse, *scratch, sizes: Sizes):
+def _kernel(offset, recent_range, layer, oldest, recent_pos, q, pool, recent, out, lse, *scratch, sizes: Sizes):
     """With a window `pool` has positions, `oldest` is what a sequence's first new token still sees, and `recent_pos`
     the position of its recent window's first token."""
     s, blocks, K = Scratch(*scratch), sizes.blocks, sizes.heads
@@ -61,9 +61,11 @@ def _kernel(offset, recent_len, oldest, recent_pos, q, pool, recent, out, lse, *
     row_of = lambda program: program // sizes.tiles
     bound = lambda program, head: offset[row_of(program) * (K + 1) + head]
     slots = pool[0].shape[1]
-    live_recent = lambda program: jnp.clip(recent_len[row_of(program)], 0, sizes.recent)
+    recent_begin = lambda program: recent_range[row_of(program) * 2]
+    recent_end = lambda program: recent_range[row_of(program) * 2 + 1]
     # Each head's part of the recent window in as many blocks, at least one.
-    recent_blocks = lambda program: jnp.maximum(pl.cdiv(live_recent(program), blocks.recent), 1)
+    first_recent = lambda program: recent_begin(program) // blocks.recent
+    recent_blocks = lambda program: jnp.maximum(pl.cdiv(recent_end(program), blocks.recent) - first_recent(program), 1)
     start = lambda block: jnp.minimum(block * blocks.pool, slots - blocks.pool)
 
     def pool_copies(program, block, place):
@@ -84,15 +86,16 @@ def _kernel(offset, recent_len, oldest, recent_pos, q, pool, recent, out, lse, *
 
     def recent_copies(program, block, place):
         row, n = row_of(program), recent_blocks(program)
-        head, first = block // n, pl.multiple_of(block % n * blocks.recent, blocks.recent_piece)
+        head = block // n
+        first = pl.multiple_of((first_recent(program) + block % n) * blocks.recent, blocks.recent_piece)
         pieces = []
         for i in range(blocks.recent // blocks.recent_piece):
             here = pl.Slice(i * blocks.recent_piece, blocks.recent_piece)
             there = pl.Slice(first + i * blocks.recent_piece, blocks.recent_piece)
-            needed = there.start < live_recent(program)
+            needed = (there.start < recent_end(program)) & (there.start + blocks.recent_piece > recent_begin(program))
             for a, (source, target) in enumerate(zip(recent, s.recent, strict=True)):
                 copy = pltpu.make_async_copy(
-                    source.at[row, head, there], target.at[place, here], s.recent_arrived.at[place, a, i]
+                    source.at[row, layer[0], head, there], target.at[place, here], s.recent_arrived.at[place, a, i]
                 )
                 pieces.append(Copy(needed, copy))
         return pieces
@@ -133,12 +136,12 @@ def _kernel(offset, recent_len, oldest, recent_pos, q, pool, recent, out, lse, *
 
         def recent_block(block, _):
             place = recent_stream.enter(program, head * recent_blocks(program) + block)
-            first = block * blocks.recent
+            first = (first_recent(program) + block) * blocks.recent
             visible = None
             if len(pool) == 3:
                 index = lax.broadcasted_iota(jnp.int32, (1, blocks.recent), 1)
                 visible = recent_pos[row_of(program)] + first + index >= oldest_seen
-            inside = lambda index: index < live_recent(program) - first
+            inside = lambda index: (index >= recent_begin(program) - first) & (index < recent_end(program) - first)
             _add(s, q[head], s.recent[0][place], s.recent[1][place], inside, visible, sizes.scale)
             return 0
 
@@ -177,22 +180,23 @@ def buffer_attention(
     pool_k: Float[Array, "B S H"],
     pool_v: Float[Array, "B S H"],
     offset: Int[Array, "B K_and_1"],
-    recent_k: Float[Array, "B K R H"],
-    recent_v: Float[Array, "B K R H"],
-    recent_len: Int[Array, " B"],
+    recent_k: Float[Array, "B L K R H"],
+    recent_v: Float[Array, "B L K R H"],
+    recent_range: Int[Array, "B 2"],
+    layer: Int[Array, ""],
     window: Window | None = None,
-    layers: int = 1,
     blocks: BufferBlocks | None = None,
 ) -> Partial:
     """Ordinary attention of T new tokens over everything their key/value head holds, the new tokens not included.
 
-    Sums are float32, matrix products take the inputs' dtype. A pool whose slots are no multiple of 128 is copied first.
-    `blocks` are chosen by size where not given. The compiler is told a cost as if `layers` shared the pool evenly.
+    Sums are float32, matrix products take the inputs' dtype. A pool whose slots are no multiple of 128 is copied first,
+    and a layer's recent windows where their tokens are no multiple of 16, nor of 512 where there are more. `blocks` are
+    chosen by size where not given. The compiler is told a cost as if the layers shared the pool evenly.
 
     Raises:
       ValueError: if q, keys and values are not all float32 or all bfloat16, or if a sequence's heads do not fit VMEM.
     """
-    (B, T, N, H), (K, R), S = q.shape, recent_k.shape[1:3], pool_k.shape[1]
+    (B, T, N, H), (L, K, R), S = q.shape, recent_k.shape[1:4], pool_k.shape[1]
     if len({x.dtype for x in (q, pool_k, pool_v, recent_k, recent_v)}) > 1 or q.dtype not in (
         jnp.float32,
         jnp.bfloat16,
@@ -210,13 +214,16 @@ def buffer_attention(
     queries = pad(q, 1, blocks.tokens).reshape(B, tiles, blocks.tokens, K, G, H).transpose(0, 1, 3, 4, 2, 5)
     queries = pad(queries.reshape(B * tiles, K, G * blocks.tokens, H), 2, Q)
     pool = tuple(pad(a, 1, LANES) for a in (pool_k, pool_v))
-    recent = tuple(pad(a, 2, blocks.recent) for a in (recent_k, recent_v))
+    recent = recent_k, recent_v
+    if R % blocks.recent:
+        one = lambda a: lax.dynamic_index_in_dim(a, layer, axis=1)
+        recent, layer = tuple(pad(one(a), 3, blocks.recent) for a in recent), jnp.int32(0)
     nothing = jnp.zeros(B, jnp.int32)
     oldest, recent_pos = nothing, nothing
     if window is not None:
-        oldest, recent_pos = window.seen - window.size + 1, window.seen - recent_len
+        oldest, recent_pos = window.seen - window.size + 1, window.recent_pos
         pool = *pool, pad(window.pool_pos, 1, LANES)[:, None]
-    sizes = Sizes(K, tiles, B * tiles // (cores := 2 - B * tiles % 2), R, blocks, H**-0.5)
+    sizes = Sizes(K, tiles, B * tiles // (cores := 2 - B * tiles % 2), blocks, H**-0.5)
 
     in_hbm = lambda arrays: tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in arrays)
     of_program = lambda *shape: pl.BlockSpec(
@@ -229,14 +236,14 @@ def buffer_attention(
     columns = registers(Q, q.dtype, LANES)
     varying = jax.typeof(queries).manual_axis_type
     result = lambda *shape: jax.ShapeDtypeStruct((B * tiles, K, *shape), jnp.float32, manual_axis_type=varying)
-    share = 1 / (layers * K)  # of the pool, for each head
+    share = 1 / (L * K)  # of the pool, for each head
     logits = int(B * tiles * blocks.tokens * N * (share * S + R))
-    held = sum(a.size * a.dtype.itemsize for a in pool) // layers + sum(a.size * a.dtype.itemsize for a in recent)
+    held = sum(a.size * a.dtype.itemsize for a in (*pool, recent_k, recent_v)) // L
     out, lse = pl.pallas_call(
         partial(_kernel, sizes=sizes),
         (result(Q, H), result(1, columns)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=5,
             grid=(cores, sizes.programs),
             in_specs=[of_program(Q, H), in_hbm(pool), in_hbm(recent)],
             out_specs=(of_program(Q, H), of_program(1, columns)),
@@ -262,7 +269,7 @@ def buffer_attention(
             bytes_accessed=tiles * held + queries.size * (queries.dtype.itemsize + 4),
         ),
         name="buffer_attention",
-    )(offset.reshape(-1), recent_len, oldest, recent_pos, queries, pool, recent)
+    )(offset.reshape(-1), recent_range.reshape(-1), layer.reshape(1), oldest, recent_pos, queries, pool, recent)
     by_token = lambda a: (
         a[:, :, : G * blocks.tokens]
         .reshape(B, tiles, K, G, blocks.tokens, *a.shape[3:])

@@ -23,9 +23,10 @@ def buffer_attention(
     pool_k: Float[Array, "B S H"],
     pool_v: Float[Array, "B S H"],
     offset: Int[Array, "B K_and_1"],
-    recent_k: Float[Array, "B K R H"],
-    recent_v: Float[Array, "B K R H"],
-    recent_len: Int[Array, " B"],
+    recent_k: Float[Array, "B L K R H"],
+    recent_v: Float[Array, "B L K R H"],
+    recent_range: Int[Array, "B 2"],
+    layer: Int[Array, ""],
     window: Window | None = None,
     blocks: BufferBlocks | None = None,
 ) -> Partial:
@@ -33,26 +34,26 @@ def buffer_attention(
 
     Sums are in float32. `blocks` are chosen by size where not given.
     """
-    (B, T, N, H), (K, R), S = q.shape, recent_k.shape[1:3], pool_k.shape[1]
+    (B, T, N, H), (L, K, R), S = q.shape, recent_k.shape[1:4], pool_k.shape[1]
     queries = T * (N // K)
     if blocks is None:
         blocks = buffer_blocks(queries, H, q.dtype.itemsize)
     row_blocks = -(-queries // blocks.rows)
     P = max(1, -(-blocks.programs // (B * row_blocks)))
-    sizes = dict(T=T, N=N, K=K, H=H, HEAD=padded_head(H), R=R, P=P, KEYS=blocks.keys)
+    sizes = dict(T=T, N=N, K=K, H=H, HEAD=padded_head(H), P=P, KEYS=blocks.keys)
     # Without a window its arrays are any that are there: the kernel is compiled to read none of them.
-    size, seen, pos = (recent_len,) * 3 if window is None else (window.size.reshape(1), window.seen, window.pool_pos)
+    ages = (offset,) * 4 if window is None else (window.size.reshape(1), *window[1:])
     wide = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     parts = call(
         Launch(
             kernel="buffer_attention_triton_kernels.attend",
             grid=(row_blocks, P, B),
             outputs=(wide(B, P + K - 1, queries, H), wide(B, P + K - 1, queries)),
-            constants=sizes | dict(S=S, ROWS=blocks.rows, SCALE=H**-0.5, WINDOWED=window is not None),
+            constants=sizes | dict(S=S, L=L, R=R, ROWS=blocks.rows, SCALE=H**-0.5, WINDOWED=window is not None),
             num_warps=blocks.num_warps,
             num_stages=2,
         ),
-        *(q, pool_k, pool_v, offset, recent_k, recent_v, recent_len, size, seen, pos),
+        *(q, pool_k, pool_v, offset, recent_k, recent_v, recent_range, layer.reshape(1), *ages),
     )
     merged = call(
         Launch(
@@ -63,6 +64,6 @@ def buffer_attention(
             num_warps=4,
             num_stages=2,
         ),
-        *(*parts, offset, recent_len),
+        *(*parts, offset, recent_range),
     )
     return Partial(*merged)

@@ -41,13 +41,6 @@ def _fold(m, l, acc, queries, keys, values, visible, SCALE: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _live(recent_len, R: tl.constexpr):
-    """Tokens of a recent window of R that hold something."""
-    return tl.minimum(tl.maximum(tl.load(recent_len), 0), R)
-
-
-@triton.jit
-@no_type_check
 def _items(offset, recent_blocks, head, KEYS: tl.constexpr):
     """Blocks of a head's pool segment, and all of the head's items."""
     pool_blocks = tl.cdiv(tl.load(offset + head + 1) - tl.load(offset + head), KEYS)
@@ -57,9 +50,9 @@ def _items(offset, recent_blocks, head, KEYS: tl.constexpr):
 @triton.jit
 @no_type_check
 def attend(
-    q, pool_k, pool_v, offset, recent_k, recent_v, recent_len, size, seen, pool_pos, out, lse,
+    q, pool_k, pool_v, offset, recent_k, recent_v, recent_range, layer, size, seen, recent_pos, pool_pos, out, lse,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, S: tl.constexpr,
-    R: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr,
+    L: tl.constexpr, R: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Partial softmaxes `out [B, P + K - 1, Q, H]` and `lse [B, P + K - 1, Q]` of Q = T G queries of a head."""
@@ -73,15 +66,16 @@ def attend(
     kv_place = key[:, None] * H + h[None, :]
 
     offset += b * (K + 1)
-    length = _live(recent_len + b, R)
-    recent_blocks = tl.cdiv(length, KEYS)
+    recent_begin, recent_end = tl.load(recent_range + 2 * b), tl.load(recent_range + 2 * b + 1)
+    recent_blocks = tl.cdiv(recent_end - recent_begin, KEYS)
+    of_layer = (b * L + tl.load(layer)) * K
     total = 0
     for head in range(K):
         total += _items(offset, recent_blocks, head, KEYS)[1]
     begin, end = program * total // P, (program + 1) * total // P
-    oldest, recent_pos = row, length
+    oldest, first_pos = row, recent_begin
     if WINDOWED:
-        recent_pos = tl.load(seen + b) - tl.load(recent_len + b)
+        first_pos = tl.load(recent_pos + b)
         oldest = tl.load(seen + b) + row // G - tl.load(size) + 1
 
     before = 0
@@ -107,14 +101,14 @@ def attend(
                     visible = visible & (pos[None, :] >= oldest[:, None])
                 m, l, acc = _fold(m, l, acc, queries, keys, values, visible, SCALE)
             for item in range(tl.maximum(low, pool_blocks), high):
-                start = (item - pool_blocks) * KEYS
-                live = start + key < length
+                start = recent_begin + (item - pool_blocks) * KEYS
+                live = start + key < recent_end
                 in_kv = live[:, None] & (h < H)[None, :]
-                keys = tl.load(recent_k + ((b * K + head) * R + start) * H + kv_place, mask=in_kv, other=0.0)
-                values = tl.load(recent_v + ((b * K + head) * R + start) * H + kv_place, mask=in_kv, other=0.0)
+                keys = tl.load(recent_k + ((of_layer + head) * R + start) * H + kv_place, mask=in_kv, other=0.0)
+                values = tl.load(recent_v + ((of_layer + head) * R + start) * H + kv_place, mask=in_kv, other=0.0)
                 visible = live[None, :]
                 if WINDOWED:
-                    visible = visible & ((recent_pos + start + key)[None, :] >= oldest[:, None])
+                    visible = visible & ((first_pos + start + key)[None, :] >= oldest[:, None])
                 m, l, acc = _fold(m, l, acc, queries, keys, values, visible, SCALE)
             part = (b * (P + K - 1) + program + head) * Q
             tl.store(out + part * H + row[:, None] * H + h[None, :], acc / tl.maximum(l, 1e-30)[:, None], mask=in_q)
@@ -124,9 +118,9 @@ def attend(
 @triton.jit
 @no_type_check
 def merge(
-    part_out, part_lse, offset, recent_len, out, lse,
-    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, R: tl.constexpr,
-    P: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    part_out, part_lse, offset, recent_range, out, lse,
+    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, P: tl.constexpr,
+    KEYS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """`out [B, T, N, H]` and `lse [B, T, N]`: one query's partial softmaxes, merged in the order of the programs."""
     G: tl.constexpr = N // K
@@ -134,7 +128,7 @@ def merge(
     row, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     h, part = tl.arange(0, HEAD), tl.arange(0, PARTS)
     offset += b * (K + 1)
-    recent_blocks = tl.cdiv(_live(recent_len + b, R), KEYS)
+    recent_blocks = tl.cdiv(tl.load(recent_range + 2 * b + 1) - tl.load(recent_range + 2 * b), KEYS)
     total, before = 0, 0
     for other in range(K):
         items = _items(offset, recent_blocks, other, KEYS)[1]

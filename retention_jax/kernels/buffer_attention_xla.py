@@ -19,7 +19,8 @@ class Window(NamedTuple):
     """What a layer with a sliding window needs to know besides: a query sees keys less than `size` tokens old."""
 
     size: Int[Array, ""]  # tokens, the query's own included
-    seen: Int[Array, " B"]  # tokens before the new ones; the recent window holds the last of them
+    seen: Int[Array, " B"]  # tokens before the new ones
+    recent_pos: Int[Array, " B"]  # position of the recent window's first token
     pool_pos: Int[Array, "B S"]
 
 
@@ -36,28 +37,31 @@ def buffer_attention(
     pool_k: Float[Array, "B S H"],
     pool_v: Float[Array, "B S H"],
     offset: Int[Array, "B K_and_1"],
-    recent_k: Float[Array, "B K R H"],
-    recent_v: Float[Array, "B K R H"],
-    recent_len: Int[Array, " B"],
+    recent_k: Float[Array, "B L K R H"],
+    recent_v: Float[Array, "B L K R H"],
+    recent_range: Int[Array, "B 2"],
+    layer: Int[Array, ""],
     window: Window | None = None,
 ) -> Partial:
     """Ordinary attention of T new tokens over everything their key/value head holds, the new tokens not included.
 
-    `offset` bounds the pool segments of this layer's heads. Without a `window` there are no masks by age.
+    `offset` bounds the pool segments of this layer's heads, `recent_range` the part of the layer's recent windows that
+    is attended to, from the first token up to before the second. Without a `window` there are no masks by age.
     """
     B, T, N, H = q.shape
-    K = recent_k.shape[1]
+    K = recent_k.shape[2]
     G = N // K
+    of_layer = lambda a: jax.lax.dynamic_index_in_dim(a, layer, axis=1, keepdims=False)
     queries = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     # The oldest position that each query sees.
     oldest, recent_pos, pool_pos = None, None, None
     if window is not None:
         one_head = window.seen[:, None] + jnp.arange(T, dtype=jnp.int32)[None] - window.size + 1
         oldest, pool_pos = jnp.tile(one_head, (1, G)), window.pool_pos
-        recent_pos = (window.seen - recent_len)[:, None] + jnp.arange(recent_k.shape[2], dtype=jnp.int32)[None]
+        recent_pos = window.recent_pos[:, None] + jnp.arange(recent_k.shape[3], dtype=jnp.int32)[None]
     parts = (
         _pool_part(queries, pool_k, pool_v, offset, pool_pos, oldest),
-        _dense_part(queries, recent_k, recent_v, recent_len, recent_pos, oldest),
+        _dense_part(queries, of_layer(recent_k), of_layer(recent_v), recent_range, recent_pos, oldest),
     )
     by_token = lambda a: (
         a.reshape(B, K, G, T, *a.shape[3:]).swapaxes(1, 3).swapaxes(2, 3).reshape(B, T, N, *a.shape[3:])
@@ -69,15 +73,16 @@ def _dense_part(
     q: Float[Array, "B K Q H"],
     k: Float[Array, "B K R H"],
     v: Float[Array, "B K R H"],
-    length: Int[Array, " B"],
+    live: Int[Array, "B 2"],
     pos: Int[Array, "B R"] | None,
     oldest: Int[Array, "B Q"] | None,
 ) -> _HeadPartial:
-    """Softmax over the first `length` keys of a dense window, from position `oldest` on."""
-    live = (jnp.arange(k.shape[2])[None] < length[:, None])[:, None]
+    """Softmax over the `live` keys of a dense window, from position `oldest` on."""
+    index = jnp.arange(k.shape[2], dtype=jnp.int32)[None]
+    visible = ((index >= live[:, :1]) & (index < live[:, 1:]))[:, None]
     if pos is not None and oldest is not None:
-        live = live & (pos[:, None] >= oldest[:, :, None])
-    logits = jnp.where(live[:, None], _logits("bkqh,bkrh->bkqr", q, k), -jnp.inf)
+        visible = visible & (pos[:, None] >= oldest[:, :, None])
+    logits = jnp.where(visible[:, None], _logits("bkqh,bkrh->bkqr", q, k), -jnp.inf)
     top = jnp.maximum(logits.max(axis=-1), jnp.finfo(logits.dtype).min)  # finite, so that an empty window gives zeros
     weights = jnp.exp(logits - top[..., None])
     mass = weights.sum(axis=-1)
@@ -107,9 +112,6 @@ def _pool_part(
     wide = np.promote_types(q.dtype, np.float32)
     lowest = jnp.finfo(wide).min
 
-    # One array for all rows, not batched below: for batched slices TPU's compiler would copy the pool to a new layout.
-    flat_k, flat_v = (a.reshape(B * slots, H) for a in (pool_k, pool_v))
-
     def one_row(item, state, row, q, offset, last, blocks, pos, oldest):
         """Adds one block to the running softmax (top, mass, out) of its head; nothing past the end of the list."""
         head = jnp.minimum(jnp.searchsorted(last, item, side="right"), K - 1)
@@ -119,7 +121,8 @@ def _pool_part(
         visible = ((slot >= begin) & (slot < offset[head + 1]))[None]
         if pos is not None:
             visible = visible & (jax.lax.dynamic_slice_in_dim(pos, start, block)[None] >= oldest[:, None])
-        keys, values = (jax.lax.dynamic_slice_in_dim(a, row * slots + start, block) for a in (flat_k, flat_v))
+        # The pool is not batched: for batched slices TPU's compiler would copy it to a new layout.
+        keys, values = (jax.lax.dynamic_slice(a, (row, start, 0), (1, block, H))[0] for a in (pool_k, pool_v))
         top, mass, out = (jax.lax.dynamic_index_in_dim(a, head, keepdims=False) for a in state)
         logits = jnp.where(visible, _logits("qh,sh->qs", q[head], keys), -jnp.inf)
         new_top = jnp.maximum(top, logits.max(axis=-1))

@@ -6,6 +6,7 @@ and runs the operation as if it were alone. Without a mesh it just runs.
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,19 @@ from jaxtyping import Array, Float, Int
 
 from retention_jax import sharding
 
+Result = TypeVar("Result")
+
 
 def attention(
-    operation: Callable[..., Array],
+    operation: Callable[..., Result],
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     log_beta: Float[Array, "B K T"],
     segment_ids: Int[Array, "B T"],
     window: Int[Array, ""] | None,
-) -> Float[Array, "B T N H"]:
-    """`operation` is an implementation of `reference.retention_attention`.
+) -> Result:
+    """`operation` is an implementation of `reference.retention_attention`, or gives several arrays [B, T, N, ...].
 
     Where a key/value head's queries lie on several devices, each of them gets a copy of it.
     """
@@ -40,7 +43,7 @@ def attention(
     by_key = sharding.of_activation(mesh, "scoring", log_beta.shape)
     by_row = sharding.of_activation(mesh, "batch", segment_ids.shape)
     specs = (by_head, by_head, by_head, by_key, by_row, P())  # a window of None has no layout
-    mapped = jax.shard_map(operation, mesh=mesh, in_specs=specs, out_specs=by_head, check_vma=False)
+    mapped = jax.shard_map(operation, mesh=mesh, in_specs=specs, out_specs=P(*by_head[:3]), check_vma=False)
     return mapped(q, k, v, log_beta, segment_ids, window)
 
 

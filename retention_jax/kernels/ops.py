@@ -18,7 +18,6 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from retention_jax import sharding
 from retention_jax.kernels import (
     blocks,
     buffer_attention_tpu,
@@ -113,19 +112,28 @@ def causal_attention(
     v: Float[Array, "B T K H"],
     window: Int[Array, ""] | None = None,
 ) -> Partial:
-    """Ordinary causal attention of new tokens among themselves, for merging with what the buffer holds.
+    """Ordinary causal attention of new tokens among themselves, for merging with what the buffer holds: retention
+    attention in which nothing fades.
 
-    `window` as in `reference.retention_attention`.
+    `window` as in `reference.retention_attention`. Gradients there are only in XLA.
     """
     (B, T, N, H), K = q.shape, k.shape[2]
     if T == 1:  # a token by itself, whose softmax is 1
         wide = np.promote_types(q.dtype, np.float32)  # jnp refuses under strict promotion
         logits = jnp.einsum("btkgh,btkh->btkg", q.reshape(B, T, K, N // K, H), k, preferred_element_type=wide)
         return Partial(jnp.repeat(v.astype(wide), N // K, axis=2), (logits * H**-0.5).reshape(B, T, N))
-    q = sharding.constrain(q, "attending")
+    operations = {
+        "tpu": retention_attention_tpu.retention_attention_with_lse,
+        "triton": retention_attention_triton.retention_attention_with_lse,
+        "xla": retention_attention_xla.retention_attention_with_lse,
+    }
+
+    def attend(*inputs: Any) -> Partial:
+        out, lse = operations[implementation()](*inputs)
+        return Partial(out.astype(lse.dtype), lse.swapaxes(1, 2))
+
     no_bias, one_document = jnp.zeros((B, K, T), jnp.float32), jnp.ones((B, T), jnp.int32)
-    out, lse = retention_attention_xla.retention_attention_with_lse(q, k, v, no_bias, one_document, window)
-    return Partial(out.astype(lse.dtype), lse.reshape(B, N, T).swapaxes(1, 2))
+    return on_mesh.attention(attend, q, k, v, no_bias, one_document, window)
 
 
 def buffer_attention(
@@ -134,19 +142,18 @@ def buffer_attention(
     pool_k: Float[Array, "B S H"],
     pool_v: Float[Array, "B S H"],
     offset: Int[Array, "B K_and_1"],
-    recent_k: Float[Array, "B K R H"],
-    recent_v: Float[Array, "B K R H"],
-    recent_len: Int[Array, " B"],
+    recent_k: Float[Array, "B L K R H"],
+    recent_v: Float[Array, "B L K R H"],
+    recent_range: Int[Array, "B 2"],
+    layer: Int[Array, ""],
     window: Window | None = None,
-    layers: int,
 ) -> Partial:
     """Ordinary attention of new tokens over everything their key/value head holds: `buffer_attention_xla`.
 
-    `recent_len` may be more than R, and less than 0: a window's part holds none or all of what is in reach. `layers`
-    share the pool; the TPU's compiler wants to know how much a call will read.
+    The recent windows are those of all layers: a kernel is told which one to read, so that none is copied.
     """
     operations = {
-        "tpu": functools.partial(buffer_attention_tpu.buffer_attention, layers=layers),
+        "tpu": buffer_attention_tpu.buffer_attention,
         "triton": buffer_attention_triton.buffer_attention,
         "xla": buffer_attention_xla.buffer_attention,
     }
@@ -157,7 +164,8 @@ def buffer_attention(
         offset=offset,
         recent_k=recent_k,
         recent_v=recent_v,
-        recent_len=recent_len,
+        recent_range=recent_range,
+        layer=layer,
         window=window,
     )
 
@@ -176,7 +184,7 @@ def select_top(
 
     Devices that share a pool count together between the steps of the search, which no kernel does. The TPU's holds all
     keys of a sequence on the chip: more than fit, as of a full cache, are searched by XLA too. On GPU XLA fuses every
-    step into one read of the keys, which no kernel would do faster.
+    step into one read of the keys; whether a kernel would be faster has not been measured.
     """
     operations = {"tpu": evict_select_tpu.select_top, "triton": evict_xla.select_top, "xla": evict_xla.select_top}
     in_one_place = slot_shards.count() == 1 and blocks.select_vmem_bytes(score.shape[1]) <= blocks.VMEM_BUDGET

@@ -123,6 +123,32 @@ def retention_attention(
       ValueError: if N is not a multiple of K, if q, k and v are not all float32 or all bfloat16, or if sequences are
         too long or too many for the list of pairs.
     """
+    return _attention(q, k, v, log_beta, segment_ids, window, _checked(q, k, v, blocks))
+
+
+def retention_attention_with_lse(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    log_beta: Float[Array, "B K T"],
+    segment_ids: Int[Array, "B T"],
+    window: Int[Array, ""] | None = None,
+    *,
+    blocks: AttentionBlocks | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """`retention_attention` in float32 and each row's log-sum-exp of logits (natural log), to merge with attention over
+    other keys. Without gradients.
+
+    Raises:
+      ValueError: as `retention_attention`.
+    """
+    blocks, (B, T, N, _) = _checked(q, k, v, blocks), q.shape
+    out, lse, _ = _forward(q, k, v, log_beta, segment_ids, window, blocks, jnp.float32)
+    return _from_head(out, q), lse.reshape(B, N, -1)[..., :T]
+
+
+def _checked(q: Array, k: Array, v: Array, blocks: AttentionBlocks | None) -> AttentionBlocks:
+    """The blocks to use, once the inputs are known to be what the kernels take."""
     (B, T, N, H), K = q.shape, k.shape[2]
     if N % K:
         raise ValueError(f"query heads must be a multiple of key/value heads, got {N} and {K}")
@@ -134,4 +160,4 @@ def retention_attention(
     if blocks is None:
         blocks = attention_blocks(T, N // K, H, q.dtype)
     check_attention_smem(blocks, B, K, T)
-    return _attention(q, k, v, log_beta, segment_ids, window, blocks)
+    return blocks

@@ -1,8 +1,9 @@
 """`reference.retention_attention` on GPU: which blocks are visited, and differentiation around the Triton kernels.
 
-Forward and backward take O(T) memory but for one 16-bit number for each pair of blocks. What is kept for the backward
-pass is the output in float32 and the log-sum-exp. Which pairs of blocks are left out, and why that changes no bit of
-the result, `block_pairs.py` says.
+Forward and backward take O(T) memory but for the lists of blocks: for each pair of blocks of each key/value head a
+16-bit number, and about 20 bytes while a list is made (8 heads, 128K tokens in blocks of 128: 160 MiB). What is kept
+for the backward pass is the output in float32, the log-sum-exp, and a byte for each pair of blocks of each head. Which
+pairs are left out, and why that changes no bit of the result, `block_pairs.py` says.
 """
 
 from functools import partial
@@ -162,9 +163,35 @@ def retention_attention(
     size where not given.
 
     Raises:
-      ValueError: if N is not a multiple of K, or if q, k and v are not all float32 or all bfloat16.
+      ValueError: if N is not a multiple of K, if q, k and v are not all float32 or all bfloat16, or if there are more
+        than 32,767 blocks.
     """
-    N, H, K = *q.shape[2:], k.shape[2]
+    return _attention(q, k, v, log_beta, segment_ids, window, _checked(q, k, v, blocks))
+
+
+def retention_attention_with_lse(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    log_beta: Float[Array, "B K T"],
+    segment_ids: Int[Array, "B T"],
+    window: Int[Array, ""] | None = None,
+    *,
+    blocks: AttentionBlocks | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """`retention_attention` in float32 and each row's log-sum-exp of logits (natural log), to merge with attention over
+    other keys. Without gradients.
+
+    Raises:
+      ValueError: as `retention_attention`.
+    """
+    blocks = _checked(q, k, v, blocks)
+    return _forward(q, k, v, log_beta, segment_ids, window, blocks, jnp.float32)[:2]
+
+
+def _checked(q: Array, k: Array, v: Array, blocks: AttentionBlocks | None) -> AttentionBlocks:
+    """The blocks to use, once the inputs are known to be what the kernels take."""
+    (_, T, N, H), K = q.shape, k.shape[2]
     if N % K:
         raise ValueError(f"query heads must be a multiple of key/value heads, got {N} and {K}")
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in (jnp.float32, jnp.bfloat16):
@@ -174,4 +201,9 @@ def retention_attention(
         )
     if blocks is None:
         blocks = attention_blocks(H, q.dtype.itemsize)
-    return _attention(q, k, v, log_beta, segment_ids, window, blocks)
+    if T > (most := blocks.tokens * jnp.iinfo(jnp.int16).max):
+        raise ValueError(
+            f"retention_attention in Triton numbers blocks with 16 bits: of {blocks.tokens} tokens they hold {most}, "
+            f"got {T} tokens"
+        )
+    return blocks

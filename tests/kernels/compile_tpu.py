@@ -107,12 +107,14 @@ def compile_programs(topology: str, model: Model) -> None:
             pool_k=shaped(bf16, batch, slots, H),
             pool_v=shaped(bf16, batch, slots, H),
             offset=shaped(i32, batch, K + 1),
-            recent_k=shaped(bf16, batch, K, WINDOW, H),
-            recent_v=shaped(bf16, batch, K, WINDOW, H),
-            recent_len=shaped(i32, batch),
+            recent_k=shaped(bf16, batch, model.layers, K, WINDOW, H),
+            recent_v=shaped(bf16, batch, model.layers, K, WINDOW, H),
+            recent_range=shaped(i32, batch, 2),
+            layer=shaped(i32),
         )
-        window = (shaped(i32), shaped(i32, batch), shaped(i32, batch, slots)) if model.sliding else None
-        read = lambda q, held, window: buffer_attention(q, **held, window=window and Window(*window))
+        of_rows = shaped(i32, batch)
+        window = Window(shaped(i32), of_rows, of_rows, shaped(i32, batch, slots)) if model.sliding else None
+        read = lambda q, held, window: buffer_attention(q, **held, window=window)
         return read, (shaped(bf16, batch, tokens, N, H), held, window)
 
     slots, new = all_heads * model.budget, all_heads * WINDOW

@@ -44,12 +44,13 @@ def decode(T: int, N: int, K: int, H: int, dtype=jnp.bfloat16, windowed: bool = 
         pool_k=shaped(dtype, B, S, H),
         pool_v=shaped(dtype, B, S, H),
         offset=shaped(i32, B, K + 1),
-        recent_k=shaped(dtype, B, K, R, H),
-        recent_v=shaped(dtype, B, K, R, H),
-        recent_len=shaped(i32, B),
+        recent_k=shaped(dtype, B, 36, K, R, H),
+        recent_v=shaped(dtype, B, 36, K, R, H),
+        recent_range=shaped(i32, B, 2),
+        layer=shaped(i32),
     )
     # Shapes in the place of arrays.
-    window = Window._make(shaped(i32, *axes) for axes in ((), (B,), (B, S))) if windowed else None
+    window = Window._make(shaped(i32, *axes) for axes in ((), (B,), (B,), (B, S))) if windowed else None
     return lambda: jax.eval_shape(buffer_attention, shaped(dtype, B, T, N, H), window=window, **held)
 
 

@@ -117,9 +117,10 @@ def test_buffer_attention(T, groups, H):
         pool_k=normal(B, slots, H),
         pool_v=normal(B, slots, H),
         offset=np.array([[2000, 5000, 5000, 5003, 6100], [0, 17, 4113, 4200, 9000]], np.int32),
-        recent_k=normal(B, K, R, H),
-        recent_v=normal(B, K, R, H),
-        recent_len=np.array([R, 5], np.int32),
+        recent_k=normal(B, 3, K, R, H),
+        recent_v=normal(B, 3, K, R, H),
+        recent_range=np.array([[0, R], [0, 5]], np.int32),
+        layer=np.int32(1),
     )
     want = _dense(x)
     held = jax.tree.map(jnp.asarray, x)
@@ -132,14 +133,12 @@ def test_buffer_attention(T, groups, H):
 
 def _dense(x: dict[str, Any]) -> np.ndarray:
     x = {name: a if a.dtype == np.int32 else a.astype(np.float64) for name, a in x.items()}
-    (B, T, N, H), K = x["q"].shape, x["recent_k"].shape[1]
+    (B, T, N, H), K = x["q"].shape, x["recent_k"].shape[2]
     out = np.zeros((B, T, N, H))
     for b in range(B):
         for h in range(K):
-            pool, recent = slice(*x["offset"][b, h : h + 2]), slice(x["recent_len"][b])
-            keys, values = (
-                np.concatenate([x[f"pool_{name}"][b, pool], x[f"recent_{name}"][b, h, recent]]) for name in "kv"
-            )
+            pool, recent = slice(*x["offset"][b, h : h + 2]), (b, x["layer"], h, slice(*x["recent_range"][b]))
+            keys, values = (np.concatenate([x[f"pool_{name}"][b, pool], x[f"recent_{name}"][recent]]) for name in "kv")
             group = slice(h * N // K, (h + 1) * N // K)
             logits = x["q"][b, :, group] @ keys.T * H**-0.5
             weights = np.exp(logits - logits.max(axis=-1, keepdims=True))

@@ -161,3 +161,10 @@ def test_refuses_heads_that_do_not_divide(op):
     tensor = lambda heads: jnp.zeros((1, 4, heads, 8))
     with pytest.raises(ValueError, match="multiple of key/value heads, got 3 and 2"):
         op(tensor(3), tensor(2), tensor(2), jnp.zeros((1, 2, 4)), jnp.zeros((1, 4), jnp.int32))
+
+
+def test_triton_refuses_more_blocks_than_it_can_number():
+    T = 64 * 32767 + 1
+    heads, rest = jax.ShapeDtypeStruct((1, T, 1, 8), jnp.float32), jax.ShapeDtypeStruct((1, T), jnp.int32)
+    with pytest.raises(ValueError, match=f"blocks with 16 bits: of 64 tokens they hold {T - 1}, got {T} tokens"):
+        jax.eval_shape(TRITON, heads, heads, heads, jax.ShapeDtypeStruct((1, 1, T), jnp.float32), rest)
