@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from seeds import generator
 
 from retention_jax.kernels import ops
 from retention_jax.kernels.buffer_attention_xla import Window
@@ -42,7 +43,7 @@ def make(
     recent_begin: tuple[int, ...] = (0,) * B,
 ) -> dict[str, Any]:
     """New tokens and what B rows hold."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     normal = lambda *shape: rng.normal(size=shape).astype(dtype)
     return dict(
         q=3 * normal(B, T, K * groups, H),

@@ -78,7 +78,7 @@ def test_a_sliding_window_hides_older_keys(op, T, size):
     np.testing.assert_allclose(attend(op, x), dense(x), rtol=2e-5, atol=2e-5)
 
 
-@everyone
+@pytest.mark.parametrize("op", params({"tpu": TPU, "triton": TRITON}))
 @pytest.mark.parametrize("H, dtype", [(64, np.float32), (96, BF16), (128, BF16), (256, np.float32)])
 def test_loses_no_more_than_plain_xla(op, H, dtype: Any):
     x = make(H, "ragged", 3, 2, (2, 0, R), dtype, H)
