@@ -158,14 +158,16 @@ class _Counter:
         self.computations, self.trips = computations, trips
         self.flops = self.bytes = 0.0
         self.unknown: set[str] = set()
-        # By loop and channel: an asynchronous collective stands in several computations of a loop's body.
-        self.collectives: dict[tuple[str, str], tuple[str, int, float, float]] = {}
+        # By what makes two of them one, then by computation: an asynchronous collective stands in several computations
+        # of a loop's body. Channels alone do not tell: all that come from a `shard_map` have the same one.
+        self.collectives: dict[tuple[str, ...], dict[str, list[Collective]]] = {}
 
     def total(self) -> Cost:
         sums: dict[tuple[str, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-        for kind, devices, times, sent in self.collectives.values():
-            sums[kind, devices][0] += times
-            sums[kind, devices][1] += times * sent
+        for places in self.collectives.values():
+            for kind, devices, times, sent in max(places.values(), key=len):
+                sums[kind, devices][0] += times
+                sums[kind, devices][1] += times * sent
         found = [Collective(*key, *counted) for key, counted in sorted(sums.items()) if counted[0]]
         return Cost(self.flops, self.bytes, found, len(self.unknown))
 
@@ -175,9 +177,13 @@ class _Counter:
         for i in within.values():
             kind = i.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                channel = re.search(r"channel_id=(\d+)", i.attributes)
-                sent = group_and_sent(kind, i)
-                self.collectives[loop, channel[1] if channel else i.name] = (kind, sent[0], times, sent[1])
+                if name.startswith("all-reduce-scatter"):  # fused with the slice that each device keeps
+                    kind = "reduce-scatter"
+                devices, sent = group_and_sent(kind, i)
+                noted = (re.search(what, i.attributes) for what in (r"channel_id=(\d+)", r'op_name="([^"]*)"'))
+                channel, source = (match[1] if match else "" for match in noted)
+                places = self.collectives.setdefault((loop, kind, channel or i.name, source), {})
+                places.setdefault(name, []).append(Collective(kind, devices, times, sent))
             elif i.opcode == "convolution":
                 self.flops += times * _convolution(i, within)
             elif i.opcode == "dot":
@@ -284,6 +290,8 @@ def group_and_sent(kind: str, i: Instruction) -> tuple[int, float]:
     # What starts an all-gather or a permutation hands on (operands, results, ...), each an array or a tuple of them.
     handed_on = i.opcode in ("all-gather-start", "collective-permute-start")
     whole = nbytes(_elements(i.result)[1] if handed_on else i.result, on_chip=True)
+    if i.opcode == "all-reduce" and kind == "reduce-scatter":
+        return n, whole * (n - 1) / n
     sent = {"all-reduce": 2 * whole * (n - 1) / n, "reduce-scatter": whole * (n - 1), "collective-permute": whole}
     return n, sent.get(kind, whole * (n - 1) / n)
 

@@ -5,8 +5,8 @@
 
 The command gets `--coordinator_address`, `--num_processes` and `--process_id`; its output is told apart by `[process]`.
 When a process dies the others may wait for it for ever, so they are killed: checkpoints are whole at any time. A second
-failure in a row within a minute of the start is the last: a wrong set-up would only fail again. SIGTERM and SIGINT are
-passed on, so that the run saves and ends.
+error in a row within a minute of the start is the last, since a wrong set-up would only fail again; a killed process is
+no error. SIGTERM and SIGINT are passed on, so that the run saves and ends.
 
 The exit status is 0 where all ended well, 128 + signal where one that we passed on stopped them, otherwise that of the
 process that failed, or 137 where one still ran at the end of the grace period.
@@ -34,7 +34,7 @@ _RESTARTS = flags.DEFINE_integer("max_restarts", 3, "How often all are started a
 _GRACE = flags.DEFINE_integer("grace", 60, "Seconds from a signal to the kill.", lower_bound=0)
 
 _POLL = 0.1  # seconds
-_SOON = 60  # seconds; a failure within them is one at the start
+_SOON = 60  # seconds; an error within them is one at the start
 _LIBC = ctypes.CDLL(None)
 _writing = threading.Lock()
 
@@ -130,7 +130,7 @@ def supervise(running: Sequence[Running], asked: list[int]) -> int:
     if deadline is not None and late:
         say(f"{_GRACE.value} s after the signal processes {late} still ran, and were killed")
     if failed:
-        return _as_shell(next(iter(failed.values())))
+        return _as_shell(min(failed.values()))  # of a signal if any is: then that is why the others failed
     if late:
         return 128 + signal.SIGKILL
     return max(_as_shell(status) for status in states if status is not None)
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> int:
         status = supervise(start(command, _PROCESSES.value, _DEVICES.value), asked)
         if asked or status == 0:
             return status
-        failed_soon = failed_soon + 1 if time.monotonic() - began < _SOON else 0
+        failed_soon = failed_soon + 1 if status < 128 and time.monotonic() - began < _SOON else 0
         if failed_soon == 2 and attempt < _RESTARTS.value:
             say(f"failed twice within {_SOON} s of the start: not started again")
             break

@@ -13,7 +13,7 @@
 # bucket B at ~/retention_jax/bucket: all workers need one folder for checkpoints. (Make the bucket with
 # --uniform-bucket-level-access --enable-hierarchical-namespace, so that renaming a folder is atomic.) run starts the
 # training on all workers and comes back; where a worker dies all end within half a minute, and each starts again, up to
-# --max_restarts times, but not after two failures in a row within a minute of the start: a wrong set-up would only fail
+# --max_restarts times, but not after two errors in a row within a minute of the start: a wrong set-up would only fail
 # again. stop saves a checkpoint and ends the run. resume waits for a slice that is still in the queue and makes a
 # preempted or failed one anew, installs and runs; the run goes on from its newest checkpoint. --project=P goes with
 # everything; --dry_run prints the commands only, those of resume for a preempted slice.
@@ -55,7 +55,8 @@ on_all() { tpus tpu-vm ssh "$name" --worker=all --command="$1"; }
 # Nothing where there is no such slice. A list: describe fails alike without the slice and without the network.
 state() { tpus queued-resources list --filter="name~/$name\$" --format='value(state.state)'; }
 
-# Waits until the state is one of the arguments, NONE for no slice, and sets $now to it; to the first in a dry run.
+# Waits until the state is one of the arguments, NONE for no slice, and sets $now to it; to the first in a dry run. What
+# gcloud could not answer is asked again.
 await() {
   if [ -n "$dry_run" ]; then state; now=$1; return; fi
   local wanted
@@ -116,7 +117,7 @@ run() {
         .venv/bin/python -m retention_jax.train \"\$@\"; status=\$?
         case \$status in 0 | 143) exit \$status;; esac
         echo \"attempt \$attempt ended with status \$status\"
-        if [ \$((SECONDS - began)) -ge 60 ]; then soon=0; else soon=\$((\${soon:-0} + 1)); fi
+        if [ \$status -lt 128 ] && [ \$((SECONDS - began)) -lt 60 ]; then soon=\$((\${soon:-0} + 1)); else soon=0; fi
         if [ \$soon = 2 ]; then echo \"failed twice within a minute of the start\"; exit \$status; fi
         sleep 10
       done' train $arguments >>train.log 2>&1 </dev/null &"

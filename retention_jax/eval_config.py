@@ -21,7 +21,9 @@ class EvalConfig:
     protect_last: int = 0  # the same of the newest tokens
     examples: int = 32  # streams: sequences for each seed
     seeds: int = 5  # streams
-    seed: int = 0  # streams: the first of `seeds` consecutive ones. answers: of the draws
+    # streams: the first of `seeds` consecutive ones. answers: of the draws. A random policy has one for all:
+    # it is compiled in, so that the intervals leave out how the policy's own luck varies.
+    seed: int = 0
     decoys: float = 0.4  # recall: share of slots that are decoys
     sources: tuple[str, ...] = ()  # TASK=SOURCE: where a task's questions are, see `tasks/load.py`
     limit: int | None = None  # answers: the task's first so many problems; None for all
@@ -31,11 +33,12 @@ class EvalConfig:
     max_new_tokens: int | None = None  # answers: in place of what the task says
     query_aware: bool = False  # answers: False evicts from the context before the question is read
     context: int | None = None  # answers: tokens of prompt and answers; None: as many as the model was made to read
-    batch_size: int = 8  # answers: problems read together
+    batch_size: int = 8  # answers: problems read together, by all devices of a mesh
     prefill_chunk: int | None = None  # answers: prompt tokens read at a time; None reads a prompt in one pass
     enable_thinking: bool | None = None  # answers: given to the chat template; None leaves it to the template
     judge_url: str = ""  # longmemeval: OpenAI-compatible endpoint of the model that grades
     judge_model: str = ""  # longmemeval
+    judge_tokens: int = 10  # longmemeval: of a verdict, as published; a judge that thinks first needs more
 
     def __post_init__(self) -> None:
         parts = [(text, *text.partition("=")[::2]) for text in self.sources]
@@ -49,7 +52,15 @@ class EvalConfig:
             (self.seeds >= 1, f"seeds must be at least 1, got {self.seeds}"),
             *[
                 (value is None or value >= 1, f"{name} must be at least 1, got {value}")
-                for name in ("limit", "samples", "max_new_tokens", "context", "batch_size", "prefill_chunk")
+                for name in (
+                    "limit",
+                    "samples",
+                    "max_new_tokens",
+                    "context",
+                    "batch_size",
+                    "prefill_chunk",
+                    "judge_tokens",
+                )
                 for value in [getattr(self, name)]
             ],
             (self.temperature >= 0, f"temperature must not be negative, got {self.temperature}"),

@@ -8,24 +8,28 @@ is of a prediction made from what was kept until then; only the full cache is re
 
 import dataclasses
 import functools
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast, get_args
 
 import jax
 from absl import app, flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from retention_jax import config_io, distributed, program_cache
+from retention_jax import cache, config_io, distributed, program_cache, sharding
 from retention_jax import tokenizer as tokenizer_lib
-from retention_jax.config import CacheConfig, DataConfig, EvalConfig, Policy, TrainConfig
-from retention_jax.evaluation import devices, rows, sweep
+from retention_jax.config import CacheConfig, DataConfig, EvalConfig, MeshConfig, Policy, TrainConfig
+from retention_jax.data import sources
+from retention_jax.evaluation import devices, rows, streams, sweep
 from retention_jax.evaluation.answers import Answers
 from retention_jax.evaluation.rows import Row
 from retention_jax.evaluation.streams import TASKS, Streams
 from retention_jax.models import gate_files, weights
 from retention_jax.models.decoder import Decoder
 from retention_jax.tasks import load, recall
+from retention_jax.tasks.example import Task
 from retention_jax.tokenizer import Tokenizer
 
 POLICIES = ("full", "retention", "retention_local", *(p for p in get_args(Policy) if p != "retention"))
@@ -98,6 +102,41 @@ def check(config: EvalConfig, data: DataConfig) -> None:
         raise ValueError("evaluation: " + "; ".join(problems))
 
 
+def check_mesh(model: Decoder, config: EvalConfig) -> None:
+    """Raises ValueError, naming all of it, where what is evaluated does not fit the mesh that the model is on."""
+    problems = []
+    with sharding.enter_mesh_of(model):
+        rows, context, heads = (sharding.shards(*axes) for axes in (sharding.ROWS, ("context",), sharding.HEADS))
+        for policy, budget in cells(config, heads):
+            buffer = buffer_of(config, policy, budget, heads)
+            try:
+                jax.eval_shape(functools.partial(cache.empty, model.config, buffer, rows))
+            except ValueError as error:
+                problems.append(f"{policy} with {budget} entries: {error}")
+    if "full" in config.policies and set(TASKS) & set(config.tasks):
+        if model.config.num_heads % heads:
+            needed = f"the model's query heads must be a multiple of mesh context * tensor = {heads}"
+            problems.append(f"full: {needed}, got {model.config.num_heads}")
+        if wrong := [length for length in config.lengths if length % context]:
+            problems.append(f"full: lengths must be multiples of mesh context = {context}, got {wrong}")
+    if problems:
+        raise ValueError("evaluation: " + "; ".join(problems))
+
+
+def mesh_of(config: MeshConfig) -> Mesh | None:
+    """The mesh that this process evaluates on; None for a single device.
+
+    Where each process can hold the whole model, each has a mesh of its own devices, and they share the work.
+
+    Raises:
+      ValueError: when the axes do not multiply to the devices there are.
+    """
+    sizes = config.over(jax.device_count())
+    each, left = divmod(sizes["data"], jax.process_count())
+    devices, sizes = (jax.devices(), sizes) if left else (jax.local_devices(), sizes | {"data": each})
+    return sharding.make_mesh(devices, **sizes) if math.prod(sizes.values()) > 1 else None
+
+
 def cells(config: EvalConfig, length: int) -> list[tuple[str, int]]:
     """Policy and budget of every row of one task and length. The full cache is one row."""
     full = [("full", length)] if "full" in config.policies else []
@@ -114,7 +153,8 @@ def run(
     """Evaluates everything the config names and prints a table for each task and length as soon as it is known.
 
     A run that was killed goes on where it was: finished units are read from journals in `output`. Several processes
-    that each hold the whole model share the work; a model that lies across them is run by all together.
+    that each hold the whole model share the work; a model that lies across them is run by all together. The model may
+    lie on a mesh: its axes `data` and `fsdp` then share sequences and prompts out.
 
     Args:
       model: backbone and gates.
@@ -127,10 +167,11 @@ def run(
       ValueError: as `check`, loading a task and `journal.read` do, and when the model's vocabulary is too small.
     """
     check(config, data)
+    check_mesh(model, config)
     settings = {"eval": config_io.to_dict(config), "data": config_io.to_dict(data)}
     # A unit says which task, length, policy and budget it is of, so that a run with more of them goes on from this one;
-    # and each result says which texts it is of.
-    of_units = ("tasks", "lengths", "policies", "budgets", "sources")
+    # and each result says which texts it is of. A judge may listen elsewhere than before.
+    of_units = ("tasks", "lengths", "policies", "budgets", "sources", "judge_url")
     shared = {name: value for name, value in settings["eval"].items() if name not in of_units}
     return sweep.run(
         blocks(model, config, data, output, tokenizer),
@@ -145,25 +186,35 @@ def run(
 
 def blocks(
     model: Decoder, config: EvalConfig, data: DataConfig, output: pathlib.Path | None, tokenizer: Tokenizer | None
-) -> list[sweep.Block]:
-    """Every task at every length, ready to run; a task whose texts have lengths of their own once.
+) -> list[Callable[[], sweep.Block]]:
+    """Functions that make every task at every length; a task whose texts have lengths of their own once.
+
+    Sources are read here, so that a wrong one shows at once; prompts are in memory while their task and length runs.
 
     Raises:
       ValueError: naming every task that cannot be loaded.
     """
     found, problems = [], []
+    settings = _task_settings(config, (output or pathlib.Path()) / f"verdicts-{jax.process_index()}.jsonl")
     for task in config.tasks:
         try:
+            if tokenizer is None and task not in ("recall", "text"):
+                raise ValueError(f"task {task!r} needs the model's tokenizer")
             if task in TASKS:
-                found += [Streams(model, config, data, task, length, tokenizer) for length in config.lengths]
-            elif tokenizer is None:
-                problems.append(f"task {task!r} has text for answers, which needs the model's tokenizer")
-            else:
-                verdicts = (output or pathlib.Path()) / f"verdicts-{jax.process_index()}.jsonl"
-                settings, encode = _task_settings(config, verdicts), functools.partial(tokenizer.encode, bos=False)
+                if task == "perplexity":
+                    sources.text(config.source_of[task])
+                else:
+                    for length in config.lengths:
+                        streams.examples(task, config, data, length)
+                make = functools.partial(Streams, model, config, data, task, tokenizer=tokenizer)
+                found += [functools.partial(make, length=length) for length in config.lengths]
+            elif tokenizer is not None:
+                encode = functools.partial(tokenizer.encode, bos=False)
                 for length in config.lengths if load.has_lengths(task) else (None,):
-                    loaded = load.load(task, settings, encode, length or 0)
-                    found.append(Answers(model, tokenizer, config, task, loaded, length))
+                    loaded = functools.partial(load.load, task, encode=encode, length=length or 0)
+                    loaded(settings=settings._replace(limit=1))  # of a task that is made here, one prompt
+                    of_task = functools.partial(loaded, settings=settings)
+                    found.append(functools.partial(_answers, model, tokenizer, config, task, of_task, length))
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -171,8 +222,27 @@ def blocks(
     return found
 
 
+def _answers(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    config: EvalConfig,
+    task: str,
+    of_task: Callable[[], Task],
+    length: int | None,
+) -> Answers:
+    return Answers(model, tokenizer, config, task, of_task(), length)
+
+
 def _task_settings(config: EvalConfig, verdicts: pathlib.Path) -> load.Settings:
-    return load.Settings(config.source_of, config.judge_url, config.judge_model, verdicts, config.limit, config.seed)
+    return load.Settings(
+        sources=config.source_of,
+        judge_url=config.judge_url,
+        judge_model=config.judge_model,
+        judge_tokens=config.judge_tokens,
+        verdicts=verdicts,
+        limit=config.limit,
+        seed=config.seed,
+    )
 
 
 # Flags that stand in for a field of EvalConfig, by what the flag holds.
@@ -257,7 +327,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
         # Before the weights: what is wrong with it shows at once.
         has_text = any(task not in ("recall", "text") for task in chosen.tasks)
         tok = tokenizer_lib.load(weights.resolve(backbone)) if has_text else None
-        run(weights.load(backbone, gates, config.dtype), chosen, config.data, output, tok)
+        model = weights.load(backbone, gates, config.dtype, mesh=mesh_of(config.mesh))
+        run(model, chosen, config.data, output, tok)
 
 
 if __name__ == "__main__":

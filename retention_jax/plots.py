@@ -119,7 +119,7 @@ def _by_length(
     figure.savefig(path, dpi=200, format="png")
 
 
-def _scores(axes: Axes, at: Sequence[float], rows: Sequence[Row], style: dict[str, Any]) -> Any:
+def _scores(axes: Axes, at: Sequence[int | float], rows: Sequence[Row], style: dict[str, Any]) -> Any:
     """One line of scores with their intervals."""
     return axes.errorbar(
         at,

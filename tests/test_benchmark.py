@@ -92,7 +92,7 @@ def test_evict(run):
 
 def test_evict_notices_other_survivors(run, monkeypatch, benchmark):
     operations = importlib.import_module("benchmarks.operations")
-    wrong = lambda score, pos, head, capacity: np.arange(capacity)[None] + 0 * jax.lax.top_k(score, capacity)[1]
+    wrong = lambda score, pos, head, live, capacity: np.arange(capacity)[None] + 0 * jax.lax.top_k(score, capacity)[1]
     monkeypatch.setattr(operations, "_sort", wrong)
     with pytest.raises(RuntimeError, match="the two selections differ in [1-9]"):
         run("evict")

@@ -199,6 +199,8 @@ def test_sources(tmp_path, monkeypatch):
         huggingface_hub, "snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or str(tmp_path)
     )
     assert names("hf://datasets/org/some.name@v1/*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert sources.beside("hf://datasets/org/name/to/*.jsonl", "prompts.yaml") == tmp_path / "to" / "prompts.yaml"
+    assert asked.pop()[1]["allow_patterns"] == ["to/prompts.yaml"]
     want = {"repo_type": "dataset", "revision": "v1", "allow_patterns": ["*.jsonl"]}
     assert asked == [(("org/some.name",), want)]
 

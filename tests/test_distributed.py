@@ -129,8 +129,8 @@ def fields(folder: pathlib.Path) -> dict[str, Any]:
         "data.documents": 64,
         "data.cache_dir": str(folder / "cache"),
         "optimizer.warmup_steps": 2,
-        "steps": 40,
-        "checkpoint_every": 10,
+        "steps": 24,
+        "checkpoint_every": 6,
         "log_every": 1,
         "eval.tasks": (),
     }
@@ -190,24 +190,23 @@ def assert_same_outcome(workdir: pathlib.Path, wanted: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_processes_are_noticed_and_the_run_ends_as_on_one_device(folder, uninterrupted, tmp_path):
-    """First one that is not the coordinator, then the coordinator; the gates' shards are in both processes."""
+def test_a_killed_process_is_noticed_and_the_run_ends_as_on_one_device(folder, uninterrupted, tmp_path):
+    """The coordinator or the other one, at a random step; the gates' shards are in both."""
     workdir, log = tmp_path / "two", tmp_path / "log"
-    steps = np.random.default_rng().integers((11, 21), (20, 36))
-    running = launch(log, [*command(folder, fsdp=8), f"--workdir={workdir}"], restarts=2)
-    for restart, (victim, step) in enumerate(zip((1, 0), steps, strict=True), start=1):
-        wait_for(running, workdir, step)
-        pids = re.findall(rf"process {victim} is (\d+)", log.read_text())
-        assert len(pids) == restart, f"killing after {steps}: {log.read_text()[-3000:]}"
-        os.kill(int(pids[-1]), signal.SIGKILL)
-        killed = time.monotonic()
-        while running.poll() is None and f"starting all 2 again, {restart} of 2" not in log.read_text():
-            time.sleep(0.02)
-        assert time.monotonic() - killed < 30
-    assert running.wait(timeout=240) == 0, f"killed after {steps}: {log.read_text()[-3000:]}"
-    assert log.read_text().count("[0] continuing after step ") == 2 and "[1] continuing" not in log.read_text()
+    victim, step = np.random.default_rng().integers((0, 7), (2, 17))
+    running = launch(log, [*command(folder, fsdp=8), f"--workdir={workdir}"], restarts=1)
+    wait_for(running, workdir, step)
+    pid = re.search(rf"process {victim} is (\d+)", log.read_text())
+    assert pid
+    os.kill(int(pid[1]), signal.SIGKILL)
+    killed = time.monotonic()
+    while running.poll() is None and "starting all 2 again, 1 of 1" not in log.read_text():
+        time.sleep(0.02)
+    assert time.monotonic() - killed < 30
+    assert running.wait(timeout=240) == 0, f"{victim} killed after step {step}: {log.read_text()[-3000:]}"
+    assert log.read_text().count("[0] continuing after step ") == 1 and "[1] continuing" not in log.read_text()
     assert_same_outcome(workdir, uninterrupted)
-    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"30", "40"}
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"18", "24"}
 
 
 @pytest.mark.slow
@@ -227,7 +226,7 @@ def test_sigterm_stops_two_processes_and_one_goes_on(config, folder, uninterrupt
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_devices_and_other_meshes(folder, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
-    legs = ((8, dict(fsdp=2, context=2, tensor=2), 8), (4, dict(context=4), 16), (2, dict(tensor=2), None))
+    legs = ((8, dict(fsdp=2, context=2, tensor=2), 4), (4, dict(context=4), 9), (2, dict(tensor=2), None))
     for devices, mesh, stop_after in legs:
         env = helpers.environment()
         env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
@@ -249,8 +248,7 @@ def test_a_run_goes_on_with_fewer_devices_and_other_meshes(folder, uninterrupted
     (
         (
             "--workdir={0}/shared --config.mesh.fsdp=$$",
-            r"different configurations: mesh.fsdp is (\d+) in process 0 and \d+ in process 1(.*\n)*\[.*different "
-            r"configurations: mesh.fsdp is \1 ",
+            r"different configurations: mesh.fsdp is \d+ in process 0 and \d+ in process 1",
         ),
         ("--workdir={0}/$$", r"must be one that all processes share; .* not in .*/\d+ of process 1"),
     ),

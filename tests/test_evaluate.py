@@ -11,9 +11,10 @@ import pytest
 import tqdm
 from absl import app, flags
 from helpers import tiny_config, tiny_model
+from text_helpers import make_tokenizer
 
-from retention_jax import config_io, evaluate, plots
-from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
+from retention_jax import config_io, evaluate, plots, sharding
+from retention_jax.config import CacheConfig, DataConfig, EvalConfig, MeshConfig, TrainConfig
 from retention_jax.decoding import score_stream
 from retention_jax.evaluation import rows as rows_lib
 from retention_jax.evaluation import streams
@@ -54,7 +55,7 @@ def evaluated(model, text, tmp_path_factory):
 
 
 def row(**changes):
-    one = Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 1, 1, 1.0, 9.0, None, {}, 0)
+    one = Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 1, 1, 1.0, 9.0, None, {}, 0, [])
     return one._replace(**changes)
 
 
@@ -156,6 +157,7 @@ def test_rows_are_complete(evaluated):
         assert (r.task, r.length, r.metric, r.n, r.seeds) == ("text", 36, "bits_per_byte", 2 * 3 * 35, 2)
         assert 5 < r.score < 20, "an untrained model of 257 tokens needs about 8 bits"
         assert r.low < r.score < r.high and r.seconds > 0
+        assert r.made_by == [rows_lib.made_by()] and "math-verify" in r.made_by[0]
         assert r.full_kv_bytes == full_bytes
         # A slot of the buffer also has log_beta and a position, 4 bytes each.
         assert r.kv_bytes == (full_bytes if r.policy == "full" else 2 * 2 * (r.budget + 6) * (2 * 8 * 4 + 8))
@@ -305,6 +307,17 @@ def test_a_vocabulary_too_small_is_refused():
         evaluate.run(tiny_model(), SMALL, DATA, None)
 
 
+def test_wrong_sources_show_before_anything_is_evaluated(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "compile_scorer", lambda *args: pytest.fail("evaluated"))
+    (tmp_path / "math.jsonl").write_text('{"problem": "1 + 1?"}')
+    sources = ("gsm8k=nowhere.jsonl", f"math500={tmp_path / 'math.jsonl'}", "ruler/qa_1=nothing.json")
+    config = dataclasses.replace(SMALL, tasks=("recall", "gsm8k", "math500", "ruler/qa_1"), lengths=(512,))
+    with pytest.raises(ValueError) as caught:
+        evaluate.run(model, dataclasses.replace(config, sources=sources), DATA, tmp_path, make_tokenizer(tmp_path))
+    told = str(caught.value)
+    assert "'nowhere.jsonl' names no file" in told and "nothing.json" in told and "math.jsonl, row 1" in told
+
+
 def test_where_gates_and_backbone_are(tmp_path, model):
     run, gates = tmp_path / "run", tmp_path / "run" / "gates"
     (run / "backbone").mkdir(parents=True)
@@ -324,6 +337,19 @@ def test_where_gates_and_backbone_are(tmp_path, model):
         find(tmp_path / "nowhere")
 
 
+def test_what_does_not_fit_the_mesh_is_refused_all_at_once(model):
+    mesh = sharding.make_mesh(context=8)
+    laid_out = jax.device_put(model, sharding.of_tree(mesh, model, sharding.DECODING))
+    config = dataclasses.replace(SMALL, policies=("full", "retention", "tova"))
+    with pytest.raises(ValueError) as caught:
+        evaluate.run(laid_out, config, DATA, None)
+    told = str(caught.value)
+    assert "retention with 3 entries: buffer: layers * key/value heads * budget must be a multiple of mesh" in told
+    assert "tova with 3 entries: " in told and "policy 'tova' needs whole heads" in told
+    assert "full: the model's query heads must be a multiple of mesh context * tensor = 8, got 4" in told
+    assert "full: lengths must be multiples of mesh context = 8, got [36]" in told
+
+
 # The command.
 
 
@@ -339,7 +365,14 @@ def command(tmp_path, *arguments):
         "(pathlib.Path(__file__).parent / 'config.json').read_text())\n"
         "    return ml_collections.ConfigDict(values, convert_dict=True)\n"
     )
-    config = TrainConfig(stage="gates", model=tiny_config(vocab_size=257), data=DATA, eval=SMALL, backbone_steps=1)
+    config = TrainConfig(
+        stage="gates",
+        model=tiny_config(vocab_size=257),
+        data=DATA,
+        eval=SMALL,
+        backbone_steps=1,
+        mesh=MeshConfig(data=-1, tensor=4),
+    )
     (tmp_path / "config.json").write_text(json.dumps(config_io.to_dict(config)))
     values = flags.FlagValues()
     evaluate.define_flags(values)
@@ -348,6 +381,8 @@ def command(tmp_path, *arguments):
 
 @reads_config
 def test_command_from_workdir_to_results(tmp_path, model, capsys):
+    """On two rows of four devices, which three sequences a seed do not fill."""
+    assert jax.device_count() == 8
     weights.save_backbone(model, tmp_path / "run" / "backbone")
     gate_files.save_gates(model, tmp_path / "run" / "gates")
     output = tmp_path / "out"
@@ -356,6 +391,9 @@ def test_command_from_workdir_to_results(tmp_path, model, capsys):
     assert [(r.policy, r.budget) for r in rows] == [("full", 36), ("retention", 3)]
     assert all(r.metric == "accuracy" and r.n == 2 * 3 * round(recall.QUERY_SHARE * 12) for r in rows)
     assert rows_lib.table(rows) in capsys.readouterr().out
+    alone = evaluate.run(model, dataclasses.replace(SMALL, policies=("full", "retention"), seed=4), DATA, None)
+    measured = dict(seconds=0.0, tokens_per_second=0.0, peak_bytes=None)
+    assert [r._replace(**measured) for r in rows] == [r._replace(**measured) for r in alone]
 
 
 @reads_config

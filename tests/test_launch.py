@@ -70,8 +70,10 @@ def test_a_gke_cluster_from_creation_to_the_end():
     cluster, storage = say("create")
     assert cluster[:3] == ["xpk", "cluster", "create"] and {"--tpu-type=v5p-32", "--num-slices=2"} <= set(cluster)
     assert storage[:3] == ["xpk", "storage", "attach"] and "--mount-point=/bucket" in storage
+    assert "--mount-options=implicit-dirs,metadata-cache:ttl-secs:1,metadata-cache:negative-ttl-secs:0" in storage
     [run] = say("run")
-    assert run[:3] == ["xpk", "workload", "create"] and {"--workload=w", "--max-restarts=50"} <= set(run)
+    assert run[:3] == ["xpk", "workload", "create"]
+    assert {"--workload=w", "--max-restarts=50", "--termination-grace-period-seconds=300"} <= set(run)
     assert shlex.split(run[-1].split("exec python -m retention_jax.train ")[1]) == list(TRAINING)
     assert say("logs")[1][:2] == ["kubectl", "logs"]
     assert say("stop")[0][:3] == ["xpk", "workload", "delete"] and say("delete")[0][:3] == ["xpk", "cluster", "delete"]
@@ -81,7 +83,7 @@ def test_slurm_runs_one_step_and_queues_again():
     step, again = dry_run("slurm.sh", "--dry_run", *TRAINING)
     assert (
         step[0] == "srun"
-        and "--cpus-per-task=8" in step
+        and {"--cpus-per-task=8", "--kill-on-bad-exit=0"} <= set(step)
         and step[-3:] == list(TRAINING)
         and again[:2] == ["scontrol", "requeue"]
     )
@@ -151,11 +153,15 @@ def test_a_run_on_a_worker_fails_twice_or_stops(fakes, tmp_path):
     started = lambda: sum(call.startswith("python") for call in fakes.calls())
     ended = lambda: subprocess.run(["flock", "--timeout=20", home / "lock", "true"], check=True)
     fakes("sleep", "")
+    trains("exit 134")
+    on_worker(fakes, "run", "--max_restarts=3", "--", "--config=c")
+    wait_for("attempt 3", home / "train.log")
+    ended()
     trains("echo wrong; exit 1")
     on_worker(fakes, "run", "--", "--config=c")
     wait_for("failed twice", home / "train.log")
     ended()
-    assert started() == 2
+    assert started() == 4 + 2
 
     # Stopped while it trains: it saves, and meanwhile no other starts.
     saves = "until [ -e saved ]; do /bin/sleep 0.05; done; exit 143"
@@ -166,16 +172,17 @@ def test_a_run_on_a_worker_fails_twice_or_stops(fakes, tmp_path):
     assert "a run is going on" in on_worker(fakes, "run", "--", "--config=c")
     (home / "saved").touch()
     ended()
-    assert started() == 3
+    assert started() == 4 + 2 + 1
 
     # Stopped while it waits to start again: it does not.
     fakes("sleep", "exec /bin/sleep 5")
     trains("exit 1")
+    (tmp_path / "calls").write_text("")
     on_worker(fakes, "run", "--", "--config=c")
     wait_for("sleep 10", tmp_path / "calls")
     on_worker(fakes, "stop")
     ended()
-    assert started() == 4
+    assert started() == 1
 
 
 def test_sigterm_reaches_the_training_in_a_pod(fakes):
@@ -204,7 +211,7 @@ def test_slurm_counts_crashes_and_not_time_limits(fakes, tmp_path):
 
 
 def local(script: str, *arguments: str, launcher: pathlib.Path = LAUNCH / "local.py") -> subprocess.Popen[str]:
-    """The local launcher with two processes of a shell script, which ends with what it says last."""
+    """The local launcher with two processes of a shell script."""
     command = [sys.executable, launcher, *arguments, "--", "bash", "-c", script, "bash"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
@@ -220,7 +227,9 @@ def test_a_failure_at_the_start_is_tried_twice_and_ends_with_its_error(tmp_path)
     )
     assert told.count("[0] 1000\n[0] ValueError: wrong\n") == 2  # nothing of its output is lost
 
-    # Later failures are tried again as often as asked.
+    # Killed processes and later failures are tried again as often as asked.
+    with local("[[ $* = *process_id=1 ]] && kill -9 $$; sleep 60", "--max_restarts=2") as running:
+        assert "starting all 2 again, 2 of 2" in running.communicate(timeout=20)[0] and running.returncode == 137
     text = (LAUNCH / "local.py").read_text()
     (tmp_path / "local.py").write_text(text.replace("_SOON = 60", "_SOON = 0"))
     with local(fails, "--max_restarts=2", launcher=tmp_path / "local.py") as running:

@@ -108,7 +108,7 @@ def test_braces_in_data_are_text(tmp_path):
     assert (path.context, path.turns[0].question) == ("Links {x} %s.", "\n\nFrom Rome to Bath.")
     tom = load(tmp_path, "tom_tracking_8k").examples[0]
     assert tom.context == "Write {place}.\nStep 0: Ann is in the {den}."
-    assert tom.turns[0] == ("\n\nWhere?", (STEPS,), 9216, "")
+    assert tom.turns[0] == ("\n\nWhere?", (STEPS,), 9216, "", "", None)
 
 
 # Answers
@@ -221,6 +221,8 @@ def test_tom_answers(tmp_path):
         (STEPS.replace("None", "cup"), 0, 0),
         (STEPS[:last], 0, 1 / 2),
         (STEPS[:first] + STEPS[last:], 0, 0),
+        (STEPS.replace("- Step 0", "   - Step 0"), 1, 1),  # the trace is cut out from there
+        (STEPS.replace("- Step 1", "   - Step 1"), 0, 1 / 2),  # an indented line is none of it
         (STEPS.replace("\nFinal", "\n- Step 2: more\nFinal"), 0, 1),
         ("", 0, 0),
     ]:

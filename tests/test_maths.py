@@ -89,6 +89,19 @@ def test_an_answer_that_cannot_be_computed_is_wrong_and_the_next_one_is_compared
     assert is_right(r"\boxed{2/4}", "0.5")
 
 
+@pytest.mark.parametrize(
+    "answer, kept",
+    [
+        (r"so \boxed{\frac{1}{2}}. Let me che", r"\boxed{\frac{1}{2}}"),
+        ("#### 1,018", r"\boxed{1,018}"),
+        ("first 3 * 6 = 18", ""),
+        (r"it is \boxed{1", ""),
+    ],
+)
+def test_of_a_cut_answer_only_a_mark_counts(answer, kept):
+    assert math_answers.marked(answer) == kept
+
+
 def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -110,6 +123,18 @@ def test_bad_rows_are_told_at_once(tmp_path):
     source = write(tmp_path / "a.jsonl", {"question": "x", "answer": "18"}, {"question": "", "answer": "#### 1"})
     with pytest.raises(ValueError, match="(?s)row 1: answer must end in ####.*row 2: needs texts"):
         maths.load("gsm8k", source, max_new_tokens=8)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+def test_golds_of_gsm8k_score_and_those_of_other_problems_do_not():
+    source = SHARED / "gsm8k" / "test.jsonl"
+    task = maths.load("gsm8k", str(source), max_new_tokens=8)
+    solutions = [json.loads(line)["answer"] for line in source.read_text().splitlines()]  # end in #### and the result
+    assert len(task.examples) == len(solutions) == 1319
+    chosen = range(0, 1319, 40)
+    scores = lambda shift: [task.score(task.examples[i], 0, solutions[(i + shift) % 1319]) for i in chosen]
+    assert scores(0) == [1.0] * len(chosen)
+    assert sum(scores(1)) <= 2
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")

@@ -130,6 +130,9 @@ def test_needles_among_needles_are_like_prepared_rows(files):
         np.testing.assert_allclose(quarters, (0.25, 0.5, 0.75), atol=0.15)
         assert low < 0.05 and high > 0.95
     assert made.metric == prepared.metric
+    golds = [f"It is {example.turns[0].gold[0]}." for example in prepared.examples]
+    scores = lambda said: [prepared.score(*pair) for pair in zip(prepared.examples, [0] * 500, said, strict=True)]
+    assert scores(golds) == [1.0] * 500 and scores(golds[1:] + golds[:1]) == [0.0] * 500
     assert made.examples[0].turns[0].max_new_tokens == prepared.examples[0].turns[0].max_new_tokens
 
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import gc
 import json
+import math
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import weakref
 from typing import get_args
 
 import jax
@@ -16,11 +19,12 @@ import pytest
 from helpers import tiny_model
 from text_helpers import make_tokenizer
 
-from retention_jax import decoding, evaluate
+from retention_jax import decoding, evaluate, sharding
 from retention_jax.config import DataConfig, EvalConfig
 from retention_jax.evaluation import devices, journal, prompts, rows, sweep
 from retention_jax.evaluation.answers import Answers, behind_thoughts, seed_of
 from retention_jax.evaluation.journal import Unit
+from retention_jax.evaluation.streams import Streams
 from retention_jax.tasks import text_metrics
 from retention_jax.tasks.example import Cut, Example, Task, Turn
 
@@ -65,7 +69,7 @@ def model():
 
 def evaluated(model, tok, config, output, task=TASK):
     return sweep.run(
-        [Answers(model, tok, config, "made", task, None)],
+        [functools.partial(Answers, model, tok, config, "made", task, None)],
         lambda length: evaluate.cells(config, length),
         functools.partial(evaluate.buffer_of, config),
         header={},
@@ -76,7 +80,7 @@ def evaluated(model, tok, config, output, task=TASK):
 
 
 def untimed(results):
-    slow = ("seconds", "tokens_per_second", "peak_bytes")
+    slow = ("seconds", "tokens_per_second", "made_by")
     return {unit: {k: v for k, v in result.items() if k not in slow} for unit, result in results.items()}
 
 
@@ -146,13 +150,20 @@ def test_prompts_that_nobody_may_cut_are_refused(model, tok):
     assert (
         Answers(model, tok, config, "made", TASK._replace(cut="middle of context"), None).cut == 2
     )  # e4 lacks room to answer
-    told = r"'made': 1 of 5 prompts are longer than the context of 70 tokens, 'e3' has 85; its authors"
-    with pytest.raises(ValueError, match=told):
+    told = r"2 of 5 prompts can be longer, with their answers, than the context of 70 tokens: 'e3' has 85 and answers "
+    with pytest.raises(
+        ValueError, match=told + r"of up to 6\. Its authors cut nothing; another --context lets them pass$"
+    ):
         Answers(model, tok, config, "made", TASK, None)
+    with pytest.raises(ValueError, match=r"'e3' has 85 and answers of up to 6\. .*, or answers of --max_new_tokens=2$"):
+        Answers(model, tok, dataclasses.replace(config, context=90), "made", TASK, None)
+    fits = dataclasses.replace(config, context=90, max_new_tokens=2)
+    assert Answers(model, tok, fits, "made", TASK, None).cut == 0
 
 
 def test_rows_of_answers_by_hand(model, tok, tmp_path):
     found = evaluated(model, tok, CONFIG, tmp_path)
+    block = Answers(model, tok, CONFIG, "made", TASK, None)
     assert [(r.policy, r.budget, r.metric, r.n, r.samples) for r in found] == [
         ("full", found[0].length, "F1", 5, 1),
         ("streaming", 6, "F1", 5, 1),
@@ -161,13 +172,16 @@ def test_rows_of_answers_by_hand(model, tok, tmp_path):
     for row in found:
         mine = [a for unit, r in written.items() if unit.policy == row.policy for a in r["answers"]]
         assert len(mine) == 7 and all(1 <= a["tokens"] <= 3 for a in mine)
-        assert all(a["score"] == score(TASK.examples[0], 0, a["text"]) for a in mine)
-        by_problem = {n: [a["score"] for a in mine if a["example"] == n] for n in ("e0", "e1", "e2", "e3", "e4")}
-        means = [sum(s) / len(s) for s in by_problem.values()]
+        scores = [x for unit, r in written.items() if unit.policy == row.policy for x in r["scores"]]
+        assert scores == [score(TASK.examples[0], 0, a["text"]) for a in mine]
+        by_problem = of_problems({unit: r for unit, r in written.items() if unit.policy == row.policy})
+        means = [by_problem[f"e{i}"] for i in range(5)]
         mean = sum(means) / 5
         half = 2.776 * (sum((m - mean) ** 2 for m in means) / 4) ** 0.5 / 5**0.5  # t(0.975; 4), from a table
         assert (row.score, row.low, row.high) == pytest.approx((mean, mean - half, mean + half), abs=1e-3)
-        first, second = ({a["example"]: a["score"] for a in mine if a["turn"] == turn} for turn in (0, 1))
+        first, second = (
+            {a["example"]: x for a, x in zip(mine, scores, strict=True) if a["turn"] == turn} for turn in (0, 1)
+        )
         assert row.groups == pytest.approx(
             {
                 "a": (first["e0"] + first["e2"] + first["e4"]) / 3,
@@ -176,16 +190,22 @@ def test_rows_of_answers_by_hand(model, tok, tmp_path):
             }
         )
     full, streaming = found
-    assert streaming.kv_bytes < full.full_kv_bytes <= full.kv_bytes
+    assert streaming.kv_bytes < full.kv_bytes == full.full_kv_bytes
+    told = [a for unit, r in written.items() if unit.policy == "full" for a in r["answers"]]
+    of_prompt = {p.index: prompts.num_tokens(p) for batch in block.batches for p in batch}
+    seen = max(
+        n + sum(a["tokens"] for a in told if a["example"] == TASK.examples[i].name) for i, n in of_prompt.items()
+    )
+    assert full.peak_bytes and streaming.peak_bytes and full.peak_bytes > streaming.peak_bytes  # and it ran first
+    assert full.kv_bytes == 2 * 2 * seen * 2 * 8 * 4  # layers, heads, tokens; key and value of 8 numbers of 4 bytes
     assert rows.load(tmp_path / "results.json") == found
 
 
-@pytest.mark.parametrize("policy", ("full", "snapkv"))
-def test_told_answers_are_read_in_place_of_the_models(model, tok, tmp_path, policy):
+def test_told_answers_are_read_in_place_of_the_models(model, tok, tmp_path):
     asked, later = TASK.examples[3].turns
-    turns = (asked._replace(told="two red foxes"), later._replace(told="lazy"), later)
+    turns = (asked._replace(told="two red foxes"), later)
     task = TASK._replace(examples=(TASK.examples[3]._replace(turns=turns),))
-    config = dataclasses.replace(CONFIG, policies=(policy,))
+    config = dataclasses.replace(CONFIG, policies=("snapkv",))
     (row,) = evaluated(model, tok, config, tmp_path, task)
     (done,) = journal.read(tmp_path, {"seed": 0}).values()
 
@@ -194,8 +214,8 @@ def test_told_answers_are_read_in_place_of_the_models(model, tok, tmp_path, poli
     (plain,) = prompts.of_task(
         task._replace(chat=False), tok, limit=None, query_aware=False, template_kwargs={}, room=[999]
     )
-    assert tok.decode(plain.turns[2]) == "lazy\n\nand the dog?"
-    cache, buffer = evaluate.cache_config(policy, row.budget, 4, 256, 0), None
+    assert tok.decode(plain.turns[1]) == "two red foxes\n\nand the dog?"
+    cache, buffer = evaluate.cache_config("snapkv", row.budget, 4, 256, 0), None
     read = lambda text, buffer: decoding.prefill(model, np.array([text], np.int32), cache, buffer=buffer)
     _, buffer = read(prompt.context, buffer)
     for turn, answer in zip(prompt.turns, done["answers"], strict=True):
@@ -216,6 +236,15 @@ def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
         texts.append({(u.seed, a["example"], a["turn"]): a["text"] for u, r in done.items() for a in r["answers"]})
     assert texts[0] == texts[1]
     assert any(texts[0][0, f"e{i}", 0] != texts[0][1, f"e{i}", 0] for i in range(5))
+
+
+def test_a_mesh_answers_as_one_device(model, tok, tmp_path):
+    mesh = sharding.make_mesh(data=2, tensor=2)
+    laid_out = jax.device_put(model, sharding.of_tree(mesh, model, sharding.DECODING))
+    config = dataclasses.replace(CONFIG, policies=("full", "retention"), batch_size=3)  # on two rows of devices
+    one, many = evaluated(model, tok, config, tmp_path / "one"), evaluated(laid_out, tok, config, tmp_path / "many")
+    measured = dict(seconds=0.0, tokens_per_second=0.0, peak_bytes=None)
+    assert [r._replace(**measured) for r in many] == [r._replace(**measured) for r in one]
 
 
 @pytest.mark.parametrize(
@@ -244,18 +273,79 @@ def test_what_is_done_is_not_done_again(model, tok, tmp_path, monkeypatch):
     path = tmp_path / "half" / "journal-0.jsonl"
     path.parent.mkdir()
     lines = (tmp_path / "whole" / "journal-0.jsonl").read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:3]) + lines[3][:40])  # killed while it wrote its third unit
-    worked = []
+    # Killed while it wrote the scores of the second unit; by older code.
+    before = b"".join(lines[:4]).replace(rows.made_by().encode(), b"older code")
+    path.write_bytes(before + lines[4][:40])
+    worked, units = [], (len(lines) - 1) // 2
     answered = Answers._answered
     monkeypatch.setattr(Answers, "_answered", lambda self, *args: worked.append(args) or answered(self, *args))
     again = evaluated(model, tok, CONFIG, path.parent)
-    assert len(worked) == len(lines) - 3
+    assert len(worked) == units - 2
     assert [r.score for r in again] == [r.score for r in whole]
+    assert [r.made_by for r in again] == [sorted([rows.made_by(), "older code"]), [rows.made_by()]]
     read = lambda folder: untimed(journal.read(folder, {"seed": 0}))
     assert read(path.parent) == read(tmp_path / "whole")
-    assert path.read_bytes().startswith(b"".join(lines[:3]))
+    assert path.read_bytes().startswith(before)
     evaluated(model, tok, CONFIG, path.parent)
-    assert len(worked) == len(lines) - 3
+    assert len(worked) == units - 2
+
+
+def test_a_judge_that_fails_loses_no_answer(model, tok, tmp_path, monkeypatch):
+    def unreachable(example: Example, turn: int, answer: str) -> float:
+        raise ConnectionError("judge: failed 6 times")
+
+    config, worked, answered = dataclasses.replace(CONFIG, policies=("streaming",)), [], Answers._answered
+    monkeypatch.setattr(Answers, "_answered", lambda self, *args: worked.append(args) or answered(self, *args))
+    with pytest.raises(ConnectionError, match="failed 6 times"):
+        evaluated(model, tok, config, tmp_path, TASK._replace(score=unreachable))
+    [(unit, written)] = journal.read(tmp_path, {"seed": 0}).items()
+    assert len(worked) == 1 and written["answers"] and "scores" not in written
+    [row] = evaluated(model, tok, config, tmp_path)
+    done = journal.read(tmp_path, {"seed": 0})
+    assert len(worked) == len(done) and done[unit]["answers"] == written["answers"]
+    assert row.score == pytest.approx(sum(of_problems(done).values()) / 5)
+
+
+def of_problems(done):
+    """Mean score of each example."""
+    found: dict[str, list[float]] = {}
+    for result in done.values():
+        for answer, score in zip(result["answers"], result["scores"], strict=True):
+            found.setdefault(answer["example"], []).append(score)
+    return {name: sum(scores) / len(scores) for name, scores in found.items()}
+
+
+def test_prompts_of_one_block_are_in_memory_at_a_time(model, tok):
+    made = []
+
+    def make(name):
+        gc.collect()
+        assert all(block() is None for block in made)
+        block = Answers(model, tok, CONFIG, name, TASK._replace(examples=TASK.examples[:1]), None)
+        made.append(weakref.ref(block))
+        return block
+
+    found = sweep.run(
+        [functools.partial(make, name) for name in ("a", "b")],
+        lambda length: [("streaming", 6)],
+        functools.partial(evaluate.buffer_of, CONFIG),
+        header={},
+        fingerprint={},
+        output=None,
+        alone=True,
+    )
+    assert [row.task for row in found] == ["a", "b"] and found[0].score == found[1].score
+
+
+def test_perplexity_is_of_all_tokens_together(model, tok, tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    config = EvalConfig(tasks=("perplexity",), seeds=3, examples=1, sources=(f"perplexity={tmp_path / 'text.txt'}",))
+    block = Streams(model, config, DataConfig(), "perplexity", 12, tok)
+    result = {"kv_bytes": 1, "seconds": 1.0, "peak_bytes": None, "made_by": ""}
+    units = block.units("streaming", 4)
+    row = block.row({unit: {**result, "scores": [x]} for unit, x in zip(units, (2.0, 4.0, 8.0), strict=True)})
+    half = 4.303 * math.log(2) / 3**0.5  # t(0.975; 2), from a table; logs are log 2 apart
+    assert (row.score, row.low, row.high) == pytest.approx((4, 4 * math.exp(-half), 4 * math.exp(half)), rel=1e-3)
 
 
 def test_journals_of_another_run_are_refused(model, tok, tmp_path):

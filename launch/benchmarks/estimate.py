@@ -1,8 +1,8 @@
 """What the TPU compiler says of a program for a chip that is not there: operations, bytes, memory, from them a time.
 
 The time is the larger of operations over the chip's peak and bytes over its bandwidth: a floor, not a simulation. What
-a kernel costs is what its `pl.CostEstimate` says. Loops whose length depends on data, and sorts, are counted once, and
-told.
+a kernel costs is what its `pl.CostEstimate` says. Loops whose length depends on data are counted once, and told. A
+program that sorts gets no time: how many passes a bitonic network has is known, how many of them go through HBM is not.
 """
 
 import re
@@ -27,6 +27,19 @@ class Peaks(NamedTuple):
     memory: float  # bytes
 
 
+_SORT = re.compile(r"= \(?\w+\[([\d,]+)\].* (?:sort|topk)\(.*?(?:dimensions={(\d+)}|$)", re.MULTILINE)
+
+
+def _sorts(text: str) -> list[str]:
+    """What is known of each sort of a program: a bitonic network of 2^p numbers has p (p + 1) / 2 passes."""
+    told = []
+    for shape, axis in _SORT.findall(text):
+        length = [*map(int, shape.split(","))][int(axis or -1)]
+        p = (length - 1).bit_length()
+        told.append(f"no time: a sort of {length:,}, {p * (p + 1) // 2} passes of a bitonic network")
+    return told
+
+
 def _on(make: Callable[[], tuple], sharding: NamedSharding) -> tuple:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), jax.eval_shape(make))
 
@@ -49,17 +62,24 @@ def estimate(
             yield case.labels | {"note": "does not fit"}
             continue
         cost, memory = hlo.cost(text), memory_use(compiled)
-        once = {"loops": cost.unknown_loops, "sorts": len(re.findall(r" (?:sort|topk)\(", text))}
+        sorts = _sorts(text)
+        loops = [f"{cost.unknown_loops} loops counted once"] if cost.unknown_loops else []
         seconds = max(cost.flops / peaks.flops, cost.bytes / peaks.bandwidth)
         least = max(case.work.flops / peaks.flops, case.work.bytes / peaks.bandwidth)
-        yield case.labels | {
+        time: Row = {
             "milliseconds": 1e3 * seconds,
             "tokens_per_second": case.tokens / seconds,
             "gigabytes": cost.bytes / 1e9,
             "gigaflops": cost.flops / 1e9,
             "bound": "matmul" if cost.flops / peaks.flops > cost.bytes / peaks.bandwidth else "memory",
             "of_roofline": least / seconds,
-            "temporary_bytes": memory.temporary,
-            "of_memory": memory.total / peaks.memory,
-            "note": ", ".join(f"{n} {what} counted once" for what, n in once.items() if n),
         }
+        yield (
+            case.labels
+            | ({} if sorts else time)
+            | {
+                "temporary_bytes": memory.temporary,
+                "of_memory": memory.total / peaks.memory,
+                "note": ", ".join(loops + sorts),
+            }
+        )

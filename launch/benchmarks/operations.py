@@ -87,24 +87,24 @@ def mass_cases(settings: Settings) -> Iterator[Case]:
             yield Case(labels | {"pass": "and backward"}, both, make, batch * tokens, work, versus=versus)
 
 
-def _select(score, pos, head, capacity: int, heads: int) -> jax.Array:
-    del heads
-    return ops.select_top(score, pos, head, jnp.ones(score.shape, bool), capacity=capacity, groups=1, shared=0)
+def _select(score, pos, head, live, capacity: int) -> jax.Array:
+    return ops.select_top(score, pos, head, live, capacity=capacity, groups=1, shared=0)
 
 
-def _sort(score, pos, head, capacity: int) -> jax.Array:
-    del pos, head
+def _sort(score, pos, head, live, capacity: int) -> jax.Array:
+    del pos, head, live  # all are
     return jax.lax.top_k(score, capacity)[1]
 
 
-def _candidates(settings: Settings, batch: int, budget: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scores, positions and heads of a full pool and window, newest first and by head: `top_k`, which prefers the
-    earlier of two equal scores, then has to choose the same survivors."""
+def _candidates(settings: Settings, batch: int, budget: int) -> tuple[jax.Array, ...]:
+    """Scores, positions, heads and marks of a full pool and window, all live, newest first and by head: `top_k`, which
+    prefers the earlier of two equal scores, then has to choose the same survivors."""
     tokens, heads = budget + settings.recent, settings.heads
     pos = jnp.repeat(jnp.arange(tokens, dtype=jnp.int32)[::-1], heads)[None]
     head = jnp.tile(jnp.arange(heads, dtype=jnp.int32), tokens)[None]
     log_beta = -jnp.exp(4 * jax.random.normal(jax.random.key(5), (batch, tokens * heads)))
-    return (tokens + 1 - pos) * log_beta, jnp.broadcast_to(pos, log_beta.shape), jnp.broadcast_to(head, log_beta.shape)
+    alike = lambda a: jnp.broadcast_to(a, log_beta.shape)
+    return (tokens + 1 - pos) * log_beta, alike(pos), alike(head), jnp.ones(log_beta.shape, bool)
 
 
 def _full_buffer(settings: Settings, budget: int, batch: int) -> Buffer:
@@ -137,9 +137,9 @@ def evict_cases(settings: Settings) -> Iterator[Case]:
             entries, capacity = batch * settings.heads * (budget + settings.recent), settings.heads * budget
             labels: Row = {"batch": batch, "budget": budget}
             make = functools.partial(_candidates, settings, batch, budget)
-            read_once = Work(0.0, 13.0 * entries)  # score, position, head; a mark for each is written
+            read_once = Work(0.0, 14.0 * entries)  # score, position, head, two marks
             sort = functools.partial(_sort, capacity=capacity)
-            select = functools.partial(_select, capacity=capacity, heads=settings.heads)
+            select = functools.partial(_select, capacity=capacity)
             yield Case(labels | {"what": "jax.lax.top_k"}, sort, make, entries, read_once)
             chosen = labels | {"what": "threshold search"}
             yield Case(chosen, select, make, entries, read_once, versus=("jax.lax.top_k",))
@@ -159,9 +159,9 @@ def evict(settings: Settings, ceilings: Ceilings) -> Iterator[Row]:
         for budget in settings.budgets:
             capacity = settings.heads * budget
             args = jax.jit(_candidates, static_argnums=(0, 1, 2))(settings, batch, budget)
-            kept = np.asarray(jax.jit(_select, static_argnums=(3, 4))(*args, capacity, settings.heads))
+            kept = np.asarray(jax.jit(_select, static_argnums=4)(*args, capacity))
             want = np.zeros_like(kept)
-            np.put_along_axis(want, np.asarray(jax.jit(_sort, static_argnums=3)(*args, capacity)), True, axis=1)
+            np.put_along_axis(want, np.asarray(jax.jit(_sort, static_argnums=4)(*args, capacity)), True, axis=1)
             if (kept != want).any():
                 raise RuntimeError(f"the two selections differ in {(kept != want).sum()} of {kept.size} entries")
     for row in measure(evict_cases(settings), ceilings, settings.repeats):

@@ -109,9 +109,9 @@ def train_iterator(config: DataConfig, *, vocab_size: int, seed: int) -> grain.D
 
     Raises:
       ValueError: when a source has tokens that the vocabulary lacks, when processes found other documents under the
-        same names, and as `prepare` does.
+        same names, and as `prepare` does; RuntimeError in processes other than the one that cannot prepare them.
     """
-    made = prepare(config, seed)
+    made = distributed.together(lambda: prepare(config, seed))
     names = config.files or (config.task,)
     # A dataset's name has a digest of its documents.
     distributed.agree_on("documents", {n: builder.info.full_name for n, builder in zip(names, made, strict=True)})

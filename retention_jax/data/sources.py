@@ -39,6 +39,13 @@ def files_of(source: str) -> list[pathlib.Path]:
     return found
 
 
+def beside(source: str, name: str) -> pathlib.Path:
+    """A file in the folder of a source's first file, which need not be there; that of the hub is downloaded too."""
+    if source.startswith("hf://"):
+        return _download(f"{source.rpartition('/')[0]}/{name}")
+    return files_of(source)[0].with_name(name)
+
+
 def _download(source: str) -> pathlib.Path:
     match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", source)
     if match is None:

@@ -34,7 +34,8 @@ class Answers:
         """`length` is what the task was made for; None: the longest prompt's.
 
         Raises:
-          ValueError: as `of_task` does, and when prompts are longer than the context and the task does not cut them.
+          ValueError: as `of_task` does, and when prompts with their answers can be longer than the context and the task
+            does not cut them.
         """
         kwargs = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
         self.model, self.tokenizer, self.config = model, tokenizer, config
@@ -52,12 +53,14 @@ class Answers:
             template_kwargs=kwargs,
             room=[context - sum(new) for new in self.new_tokens],
         )
-        if too_long := [p for p in found if num_tokens(p) > context]:
-            most = max(too_long, key=num_tokens)
+        total = lambda p: num_tokens(p) + sum(self.new_tokens[p.index])
+        if too_long := [p for p in found if total(p) > context]:
+            most, fits = max(too_long, key=total), min((context - num_tokens(p)) // len(p.turns) for p in found)
             raise ValueError(
-                f"task {name!r}: {len(too_long)} of {len(found)} prompts are longer than the context of {context} "
-                f"tokens, {task.examples[most.index].name!r} has {num_tokens(most)}; its authors do not cut them, "
-                "so only another --context lets them pass"
+                f"task {name!r}: {len(too_long)} of {len(found)} prompts can be longer, with their answers, than the "
+                f"context of {context} tokens: {task.examples[most.index].name!r} has {num_tokens(most)} and answers "
+                f"of up to {sum(self.new_tokens[most.index])}. Its authors cut nothing; another --context lets them "
+                "pass" + (f", or answers of --max_new_tokens={fits}" if fits >= 1 else "")
             )
         self.cut = sum(prompt.cut for prompt in found)
         self.batches = prompts.batches(found, self.new_tokens, config.batch_size)
@@ -81,16 +84,24 @@ class Answers:
     def results(
         self, units: Sequence[Unit], cache_of: Callable[[str, int, int], CacheConfig]
     ) -> Iterator[tuple[Unit, Result]]:
-        """Answers and scores the units, in order, each when it is asked for."""
+        """Answers the units, in order, each when it is asked for; `scores` scores them."""
+        cell = None
         for unit in units:
+            if (unit.policy, unit.budget) != cell:
+                cell = (unit.policy, unit.budget)
+                jax.clear_caches()  # programs map memory, and after some hundred XLA dies in mmap
             batch = self.batches[unit.batch]
             most = max(_most_tokens(prompt, self.new_tokens[prompt.index]) for prompt in batch)
             cache = cache_of(unit.policy, unit.budget, -(-most // _STEP) * _STEP)
             if self.config.prefill_chunk is not None:
                 cache = dataclasses.replace(cache, prefill_chunk=self.config.prefill_chunk)
-            yield unit, self._answered(batch, cache, unit.seed)
+            result = self._answered(batch, cache, unit.seed)
+            if unit.policy == "full":
+                result["kv_bytes"] = result["full_kv_bytes"]
+            yield unit, result
 
     def _answered(self, batch: list[Prompt], cache: CacheConfig, sample: int) -> Result:
+        batch = batch + batch[-1:] * (-len(batch) % devices.row_parts(self.model))
         compiled, started = devices.compile_seconds(), time.perf_counter()
         buffer, last, done, stats = None, [], [], {}
         if batch[0].context:
@@ -118,12 +129,12 @@ class Answers:
         answers = {prompt.index: (prompt, [turn[i] for turn in done]) for i, prompt in enumerate(batch)}
         return {
             "answers": [
-                self._scored(prompt, turn, new) for prompt, of in answers.values() for turn, new in enumerate(of)
+                self._told(prompt, turn, new) for prompt, of in answers.values() for turn, new in enumerate(of)
             ],
             "kv_bytes": int(stats["kv_bytes"]) // len(batch),
             "full_kv_bytes": full_kv_bytes(self.model, max(map(_tokens_seen, batch, zip(*done, strict=True)))),
             "seconds": seconds,
-            "peak_bytes": devices.peak_bytes(),
+            "peak_bytes": devices.largest_program(),
         }
 
     def _read(self, texts: list[list[int]], cache: CacheConfig, buffer: Buffer | None) -> Buffer:
@@ -139,13 +150,24 @@ class Answers:
         tokens = prompt.turns[turn]
         return tokens if last is None or (prompt.closing and last in self.tokenizer.stop_tokens) else [last, *tokens]
 
-    def _scored(self, prompt: Prompt, turn: int, new: list[int]) -> dict[str, Any]:
-        """One answer, scored by what stands behind the model's thoughts."""
-        example, text = self.definition.examples[prompt.index], self.tokenizer.decode(new)
-        score = self.definition.score(example, turn, behind_thoughts(self.tokenizer.decode(prompt.turns[turn]), text))
+    def _told(self, prompt: Prompt, turn: int, new: list[int]) -> dict[str, Any]:
+        """One answer."""
+        name, text = self.definition.examples[prompt.index].name, self.tokenizer.decode(new)
         stopped = new[-1] in self.tokenizer.stop_tokens
-        told = {"example": example.name, "turn": turn, "text": text, "tokens": len(new), "stopped": stopped}
-        return {**told, "score": float(score)}
+        return {"example": name, "turn": turn, "text": text, "tokens": len(new), "stopped": stopped}
+
+    def scores(self, unit: Unit, result: Result) -> list[float]:
+        """Of a unit's answers, in order; scored is what stands behind the model's thoughts."""
+        asked = {self.definition.examples[prompt.index].name: prompt for prompt in self.batches[unit.batch]}
+
+        def score(told: dict[str, Any]) -> float:
+            prompt, turn = asked[told["example"]], told["turn"]
+            said = behind_thoughts(self.tokenizer.decode(prompt.turns[turn]), told["text"])
+            if not told["stopped"] and self.definition.of_unended is not None:
+                said = self.definition.of_unended(said)
+            return float(self.definition.score(self.definition.examples[prompt.index], turn, said))
+
+        return [score(told) for told in result["answers"]]
 
     def row(self, results: dict[Unit, Result]) -> Row:
         """The row of one policy and budget, whose units' results are given."""
@@ -154,11 +176,11 @@ class Answers:
         turns = {example.name: example.turns for example in self.definition.examples}
         scores: dict[str, list[float]] = {}
         of_groups: dict[str, dict[str, list[float]]] = {}
-        for answer in answers:
+        for answer, score in zip(answers, (x for r in results.values() for x in r["scores"]), strict=True):
             problem, group = answer["example"], turns[answer["example"]][answer["turn"]].group
-            scores.setdefault(problem, []).append(answer["score"])
+            scores.setdefault(problem, []).append(score)
             if group:
-                of_groups.setdefault(group, {}).setdefault(problem, []).append(answer["score"])
+                of_groups.setdefault(group, {}).setdefault(problem, []).append(score)
         score, low, high = interval(_means(scores))
         return Row(
             task=self.task,
@@ -179,6 +201,7 @@ class Answers:
             peak_bytes=devices.most(r["peak_bytes"] for r in results.values()),
             groups={name: float(np.mean(_means(found))) for name, found in sorted(of_groups.items())},
             cut=self.cut,
+            made_by=sorted({r["made_by"] for r in results.values()}),
         )
 
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,24 @@ from retention_jax import sharding
 from retention_jax.models.decoder import Decoder
 
 
-def peak_bytes() -> int | None:
-    """Most memory that one device of this process has held since the process began; None where jax cannot tell."""
-    return most((device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices())
+def program_bytes(sizes: Any) -> int | None:
+    """Memory of a device that a compiled program needs at once, by its `memory_analysis()`; None where it has none."""
+    if sizes is None:
+        return None
+    outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + outputs
+
+
+def largest_program() -> int | None:
+    """`program_bytes` of the largest program of this process that `jax.clear_caches` has not freed."""
+
+    def sizes(program: Any) -> Any:
+        try:
+            return program.get_compiled_memory_stats()
+        except jax.errors.JaxRuntimeError:  # not every platform tells
+            return None
+
+    return most(program_bytes(sizes(program)) for program in jax.local_devices()[0].client.live_executables())
 
 
 def most(numbers: Iterable[int | None]) -> int | None:
@@ -25,6 +41,12 @@ def most(numbers: Iterable[int | None]) -> int | None:
 def is_own(model: Decoder) -> bool:
     """Whether all of the model lies on this process's devices, so that it works without the others."""
     return all(array.is_fully_addressable for array in jax.tree.leaves(model) if isinstance(array, jax.Array))
+
+
+def row_parts(model: Decoder) -> int:
+    """Into how many parts the mesh that a model is on cuts a batch: a batch must be a multiple of it."""
+    with sharding.enter_mesh_of(model):
+        return sharding.shards(*sharding.ROWS)
 
 
 def digest(model: Decoder) -> str:

@@ -1,6 +1,7 @@
 """Results: one row for each task, length, policy and budget, as a table on the terminal and as JSON."""
 
 import datetime
+import functools
 import json
 import math
 import pathlib
@@ -30,15 +31,21 @@ class Row(NamedTuple):
     n: int  # scored tokens (streams) or problems (answers)
     seeds: int  # streams: seeds the score is a mean over. answers: 1
     samples: int  # answers: how often each question was answered. streams: 1
-    kv_bytes: int  # held for one sequence: keys, values, and for a budget what scores need, recent window included
-    full_kv_bytes: int  # keys and values of all its tokens
+    # Held for one sequence: keys, values and what scores need in all slots, recent window included. The full cache's is
+    # `full_kv_bytes`: it is not charged for room that answers leave unused.
+    kv_bytes: int
+    full_kv_bytes: int  # keys and values of all tokens of the longest sequence, answers as long as they were
     seconds: float  # for all of it, without compilation
     tokens_per_second: float  # tokens read (streams) or written (answers), in those seconds
-    peak_bytes: int | None  # most memory of one device until then, since the process began; None where jax cannot tell
+    # Memory of a device that the largest of its compiled programs needs at once, as the compiler has it: weights, cache
+    # and temporaries. None where it does not tell.
+    peak_bytes: int | None
     groups: dict[str, float]  # mean score of each group of problems; {} where a task has no groups
     cut: int  # problems whose prompts were too long for the model and were cut as the task's authors do
+    made_by: list[str]  # every `made_by()` that computed a part of it: a run may go on with other code
 
 
+_PACKAGES = ("jax", "flax", "retention_jax", "math-verify")
 _BITS = ("bits_per_byte", "perplexity")
 
 
@@ -115,16 +122,26 @@ def _cell(row: Row) -> str:
 
 
 def header(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What is true of all rows of a run: configuration, versions, device, seed, git commit (None outside one), date."""
+    """What is true of a run: configuration, versions, device, seed, git commit (None outside one), date.
+
+    Of the run that ended last: rows tell themselves which code computed them.
+    """
     return {
         "config": dict(config),
-        "versions": {name: metadata.version(name) for name in ("jax", "flax", "retention_jax")},
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "seed": seed,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@functools.cache
+def made_by() -> str:
+    """What computes results now, in a line: git commit, versions, kind of device."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES)
+    return f"commit {_commit()}, {versions}, {jax.devices()[0].device_kind}"
 
 
 def _commit() -> str | None:

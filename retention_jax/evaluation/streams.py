@@ -2,15 +2,18 @@
 
 import concurrent.futures
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from retention_jax import sharding
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig
 from retention_jax.data import pipeline
 from retention_jax.decoding import Scores, compile_score_stream
@@ -91,23 +94,35 @@ def score_full(model: Decoder, tokens: Int[Array, "B T"]) -> Scores:
     return Scores(*map(by_row, jax.lax.map(one_token, flat, batch_size=_LOGITS_BLOCK)))
 
 
-Scorer = Callable[[Int[np.ndarray, "n T"]], tuple[Scores, int]]
+class Scorer(NamedTuple):
+    """A compiled program for sequences of one shape."""
+
+    score: Callable[[Int[np.ndarray, "n T"]], tuple[Scores, int]]  # also tells the bytes held for one sequence
+    peak_bytes: int | None  # as in `Row`
 
 
 def compile_scorer(model: Decoder, tokens: Int[np.ndarray, "n T"], cache: CacheConfig | None) -> Scorer:
-    """A compiled function that scores such sequences and tells the bytes held for one. No cache: the full one."""
+    """What scores such sequences. No cache: the full one.
+
+    The last sequence is repeated where the mesh that the model is on needs more of them.
+    """
     n, T = tokens.shape
+    batch = n + -n % devices.row_parts(model)
+    filled = lambda rows: np.concatenate([rows, np.repeat(rows[-1:], batch - n, axis=0)])
+    asked = lambda scores: jax.tree.map(lambda a: sharding.on_host(a)[:n], scores)
     if cache is None:
-        full = score_full.lower(model, tokens).compile()
-        return lambda rows: (jax.block_until_ready(full(model, rows)), full_kv_bytes(model, T))
-    lengths = np.full(n, T, np.int32)
-    streamed = compile_score_stream(model, tokens, cache, lengths)
+        with sharding.enter_mesh_of(model):
+            full = score_full.lower(model, filled(tokens)).compile()
+        read_whole = lambda rows: (asked(full(model, filled(rows))), full_kv_bytes(model, T))
+        return Scorer(read_whole, devices.program_bytes(full.memory_analysis()))
+    lengths = np.full(batch, T, np.int32)
+    streamed = compile_score_stream(model, filled(tokens), cache, lengths)
 
     def score(rows: Int[np.ndarray, "n T"]) -> tuple[Scores, int]:
-        scores, buffer = jax.block_until_ready(streamed(model, rows, lengths))
-        return scores, buffer.nbytes // n
+        scores, buffer = streamed(model, filled(rows), lengths)
+        return asked(scores), buffer.nbytes // batch
 
-    return score
+    return Scorer(score, devices.program_bytes(streamed.memory_analysis()))
 
 
 def full_kv_bytes(model: Decoder, length: int) -> int:
@@ -162,6 +177,7 @@ class Streams:
         cores = os.cpu_count() or 1
         with concurrent.futures.ThreadPoolExecutor(cores) as pool:
             for first in range(0, len(cells), cores):
+                jax.clear_caches()  # programs map memory, and after some hundred XLA dies in mmap
                 group = list(cells)[first : first + cores]
                 for cell, scorer in zip(group, list(pool.map(compiled, group)), strict=True):
                     for unit in cells[cell]:
@@ -170,11 +186,10 @@ class Streams:
     def _result(self, scorer: Scorer, unit: Unit) -> Result:
         tokens, label_mask = (a[unit.seed - self.config.seed] for a in (self.tokens, self.label_mask))
         started = time.perf_counter()
-        scores, kv_bytes = scorer(tokens)
+        scores, kv_bytes = scorer.score(tokens)
         seconds = time.perf_counter() - started
-        best, log_prob = np.asarray(scores.best), np.asarray(scores.log_prob)
-        score = self._score(best, log_prob, tokens, label_mask)
-        return {"score": score, "kv_bytes": kv_bytes, "seconds": seconds, "peak_bytes": devices.peak_bytes()}
+        score = self._score(np.asarray(scores.best), np.asarray(scores.log_prob), tokens, label_mask)
+        return {"scores": [score], "kv_bytes": kv_bytes, "seconds": seconds, "peak_bytes": scorer.peak_bytes}
 
     def _score(
         self,
@@ -191,10 +206,17 @@ class Streams:
             case _:
                 return perplexity.perplexity(log_prob)
 
+    def _interval(self, scores: list[float]) -> tuple[float, float, float]:
+        """Of seeds with equally many tokens. Perplexity's is of its log, so that its mean is that of all tokens."""
+        if _METRICS[self.task] != "perplexity":
+            return interval(scores)
+        mean, low, high = map(math.exp, interval([math.log(score) for score in scores]))
+        return mean, low, high
+
     def row(self, results: dict[Unit, Result]) -> Row:
         """The row of one policy and budget, whose units' results are given."""
         unit, seconds = next(iter(results)), sum(r["seconds"] for r in results.values())
-        score, low, high = interval([r["score"] for r in results.values()])
+        score, low, high = self._interval([r["scores"][0] for r in results.values()])
         return Row(
             task=self.task,
             length=self.length,
@@ -214,4 +236,5 @@ class Streams:
             peak_bytes=devices.most(r["peak_bytes"] for r in results.values()),
             groups={},
             cut=0,
+            made_by=sorted({r["made_by"] for r in results.values()}),
         )

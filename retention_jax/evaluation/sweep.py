@@ -1,6 +1,7 @@
 """Runs what is left of an evaluation: units dealt out to processes, each result on disk as soon as it is there."""
 
 import contextlib
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ def dealt(units: Sequence[Unit], process: int, processes: int) -> list[Unit]:
 
 
 def run(
-    blocks: Sequence[Block],
+    blocks: Sequence[Callable[[], Block]],
     cells: Callable[[int], list[tuple[str, int]]],
     cache_of: CacheOf,
     *,
@@ -41,7 +42,7 @@ def run(
     """Computes what no journal in `output` has, and prints a table for each block as soon as it is known.
 
     Args:
-      blocks: what is evaluated.
+      blocks: each makes one of what is evaluated. Texts and prompts of one are in memory at a time.
       cells: policies and budgets of a block, by its length.
       cache_of: the buffer that a policy's name stands for.
       header: stands once in `results.json`.
@@ -50,7 +51,8 @@ def run(
       alone: whether a process can compute a unit without the others; then units are dealt out to them.
 
     Raises:
-      ValueError: as `journal.read` does, and when processes do not share the folder.
+      ValueError: as `journal.read` and the blocks do, when processes do not share the folder, and when it holds results
+        of other texts.
     """
     process, processes = jax.process_index(), jax.process_count()
     done: dict[Unit, Result] = {}
@@ -59,41 +61,56 @@ def run(
         done = journal.read(output, fingerprint)
         distributed.gather("")  # all have read before the first writes
     # Process 0 says what is done, should a file have reached only some of them.
-    finished = {Unit(*unit) for unit in json.loads(distributed.gather(json.dumps(list(done)))[0])}
-    wanted = {id(block): [block.units(*cell) for cell in cells(block.length)] for block in blocks}
-    for block in blocks:
-        for unit in (unit for units in wanted[id(block)] for unit in units if unit in done):
-            if done[unit]["of"] != block.of(unit):
-                raise ValueError(f"{output} holds results of other texts of {block.task!r}; give another --output")
-    left = {id(block): [u for cell in wanted[id(block)] for u in cell if u not in finished] for block in blocks}
-    mine = {key: dealt(units, process, processes) if alone else units for key, units in left.items()}
+    told = [list(done), [unit for unit, result in done.items() if "scores" in result]]
+    answered, finished = ({Unit(*unit) for unit in of} for of in json.loads(distributed.gather(json.dumps(told))[0]))
+    answered = set(done) if alone else answered
+    scoring = alone or process == 0
     found: list[Row] = []
     with contextlib.ExitStack() as stack:
-        book = Journal(output, process, fingerprint) if output is not None and (alone or process == 0) else None
+        book = Journal(output, process, fingerprint) if output is not None and scoring else None
         stack.callback(book.close if book else lambda: None)
+        width = len(cells(1))  # of the bar, for one block: how many units it has shows only when it is made
         bar = stack.enter_context(
             tqdm.tqdm(
-                total=sum(map(len, mine.values())), unit="unit", leave=False, disable=None if process == 0 else True
+                total=width * len(blocks),
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+                leave=False,
+                disable=None if process == 0 else True,
             )
         )
-        for block in blocks:
+
+        def computed(block: Block) -> list[Row]:
+            wanted = [block.units(*cell) for cell in cells(block.length)]
+            units = list(itertools.chain(*wanted))
+            for unit in (unit for unit in units if unit in done):
+                if done[unit]["of"] != block.of(unit):
+                    raise ValueError(f"{output} holds results of other texts of {block.task!r}; give another --output")
+            left = [unit for unit in units if unit not in finished]
+            mine = dealt(left, process, processes) if alone else left
+            bar.total -= width * (1 - len(mine) / len(units))  # what others do, and what was done before
+            written = [(unit, done[unit]) for unit in mine if unit in answered and scoring]
+            new = [unit for unit in mine if unit not in answered]
             fresh: list[tuple[Unit, Result]] = []
-            cell = None
             bar.set_description(f"{block.task}, {block.length} tokens")
-            for unit, result in block.results(mine[id(block)], cache_of) if mine[id(block)] else ():
+            for unit, result in itertools.chain(written, block.results(new, cache_of)):
                 bar.set_description(f"{unit.task}, {unit.length} tokens: {unit.policy} {unit.budget}")
-                if (unit.policy, unit.budget) != cell:
-                    cell = (unit.policy, unit.budget)
-                    # Those of the cells before: programs map memory, and after some hundred XLA dies in mmap.
-                    jax.clear_caches()
-                result = {"of": block.of(unit), **result}
-                if book:
-                    book.write(unit, result)
-                fresh.append((unit, result))
-                bar.update()
+                if unit not in answered:
+                    result = {"of": block.of(unit), "made_by": rows.made_by(), **result}
+                    if book:
+                        book.write(unit, result)
+                if isinstance(block, Answers) and scoring:  # when they are on disk: no judge that fails loses them
+                    result = {**result, "scores": block.scores(unit, result)}
+                    if book:
+                        book.write_scores(unit, result["scores"])
+                if scoring:
+                    fresh.append((unit, result))
+                bar.update(width / len(units))
             for text in distributed.gather(json.dumps(fresh)):
-                done |= {Unit(*unit): result for unit, result in json.loads(text)}
-            here = [block.row({unit: done[unit] for unit in units}) for units in wanted[id(block)]]
+                done.update({Unit(*unit): result for unit, result in json.loads(text)})
+            return [block.row({unit: done[unit] for unit in of_cell}) for of_cell in wanted]
+
+        for make in blocks:
+            here = computed(make())
             found += here
             if process == 0:
                 tqdm.tqdm.write(rows.table(here) + "\n")

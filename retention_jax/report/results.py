@@ -64,6 +64,7 @@ _TYPES = {
     float: ("float", (int, float)),
     int | None: ("int or null", (int, type(None))),
     dict[str, float]: ("object", (dict,)),
+    list[str]: ("list", (list,)),
 }
 
 

@@ -37,3 +37,4 @@ class Task(NamedTuple):
     chat: bool  # whether context and question are what a user says, in the model's chat template, where it has one
     source: str  # where prompts and metric were published
     cut: Cut | None = None  # as published; None: nothing is, and a prompt that is too long is refused
+    of_unended: Callable[[str], str] | None = None  # what is scored of an answer that its limit cut off; None: all

@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     sources: Mapping[str, str]  # by a task's name or by its family, the name up to the first slash
     judge_url: str
     judge_model: str
+    judge_tokens: int  # longest verdict
     verdicts: pathlib.Path  # file that the judge's verdicts are kept in
     limit: int | None  # ruler: how many examples are made; None: as many as its authors make
     seed: int  # ruler
@@ -95,7 +96,7 @@ def load(name: str, settings: Settings, encode: Callable[[str], list[int]], leng
         case "longbench_v2":
             return longbench_v2.load(part, source)
         case "longmemeval":
-            ask = judge.client(settings.judge_url, settings.judge_model, settings.verdicts)
+            ask = judge.client(settings.judge_url, settings.judge_model, settings.verdicts, settings.judge_tokens)
             return longmemeval.load(part, source, ask)
         case "scbench":
             mode, _, plain = part.rpartition("/")

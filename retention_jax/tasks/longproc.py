@@ -81,7 +81,7 @@ def _prompt(source: str, fields: list[str]) -> Callable[[dict[str, str]], tuple[
 
     As `str.format` fills it, but braces in a field's text are text.
     """
-    path = sources.files_of(source)[0].with_name("prompts.yaml")
+    path = sources.beside(source, "prompts.yaml")
     try:
         prompt = yaml.safe_load(path.read_text(encoding="utf-8"))["USER_PROMPT"]
         parts = [(before, field) for before, field, *_ in string.Formatter().parse(prompt)]
@@ -174,7 +174,7 @@ def _path_fields(row: _Row) -> dict[str, str]:
 
 # tom_tracking
 
-_STEP = re.compile(r"^ *- (Step \d+:.*)", re.MULTILINE)
+_STEP = re.compile(r"^- (Step \d+:.*)", re.MULTILINE)
 _UNCOMPARED = (
     *("a", "an", "the", "on", "in", "at", "step", "thinks", "think", "believes", "believe", "is", "are", "of"),
     *("location", "know", "knows", "belief"),
@@ -191,9 +191,8 @@ def _tom_problems(row: _Row) -> list[str]:
 
 def _tom_steps(answer: str) -> list[str]:
     """The steps from the last that has the number 0, with neither case, punctuation nor words that do not matter."""
-    steps = _STEP.findall(answer)
-    first = max((i for i, step in enumerate(steps) if step.startswith("Step 0:")), default=0)
-    bare = [step.lower().translate(_NO_PUNCTUATION).split() for step in steps[first:]]
+    traced = answer[max(answer.rfind("- Step 0:"), 0) :].strip()
+    bare = [step.lower().translate(_NO_PUNCTUATION).split() for step in _STEP.findall(traced)]
     return [" ".join(word for word in words if word not in _UNCOMPARED) for words in bare]
 
 

@@ -29,6 +29,16 @@ def final_answer(answer: str) -> str | None:
     return marked[-1].strip() if marked else None
 
 
+def marked(answer: str) -> str:
+    """Only what an answer marks as its result, marked; "" where it marks none.
+
+    For answers that their limit cut off: a number that they got to is no result. R-KV's newer grader
+    (github.com/Zefan-Cai/R-KV, `HuggingFace/run_hybrid_math.py`) takes unmarked results of whole answers only too.
+    """
+    result = final_answer(answer)
+    return "" if result is None else rf"\boxed{{{result}}}"
+
+
 def _closing_brace(text: str, start: int) -> int | None:
     """Where the brace closes that was opened just before `start`."""
     depth = 1

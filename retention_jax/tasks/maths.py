@@ -41,7 +41,8 @@ def load(name: str, source: str, *, max_new_tokens: int) -> Task:
             problems.append(f"{source}, row {number}: {error}")
     if problems:
         raise ValueError("\n".join(problems[:10]))
-    return Task(tuple(examples), "accuracy", _score, chat=True, source="prompt: model cards of Qwen3 and DeepSeek-R1")
+    source = "prompt: model cards of Qwen3 and DeepSeek-R1"
+    return Task(tuple(examples), "accuracy", _score, True, source, of_unended=math_answers.marked)
 
 
 def _score(example: Example, turn: int, answer: str) -> float:

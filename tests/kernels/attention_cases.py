@@ -5,13 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from seeds import generator
 
 NAMES = ("q", "k", "v", "log_beta")
 
 
 def make(seed, B, T, groups, dtype: Any = np.float64, K=2, H=4):
     """q, k, v, log_beta, segment_ids and a cotangent. Gates from never to at once, two and three documents a row."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     q, k, v = (rng.normal(size=(B, T, n, H)).astype(dtype) for n in (K * groups, K, K))
     log_beta = -np.exp(rng.normal(size=(B, K, T)) * 2 - 2)
     log_beta = np.where(rng.random((B, K, T)) < 0.1, 0.0, np.where(rng.random((B, K, T)) < 0.1, -np.inf, log_beta))
@@ -49,8 +50,13 @@ def assert_as_good_as(plain, op, inputs, cotangent):
     with jax.enable_x64(True):
         truth = jax.tree.leaves(value_and_grads(plain, (*wide, inputs[4]), cotangent.astype(np.float64)))
     runs = [jax.tree.leaves(value_and_grads(o, inputs, cotangent)) for o in (plain, op)]
+    # Of a lone token the gradients of q and k are differences of these, and 0.
+    differing = np.abs((cotangent * np.repeat(inputs[2], cotangent.shape[2] // inputs[2].shape[2], 2)).sum(3)).max()
     for name, t, by_plain, by_op in zip(("out", *NAMES), truth, *runs, strict=True):
         assert by_op.dtype == by_plain.dtype and np.isfinite(t).all()
         of_plain, of_op = (np.abs(x.astype(np.float64) - t).max() for x in (by_plain, by_op))
-        # Sums are float32 whatever goes in, and two orders of a sum differ: by some steps of the largest.
-        assert of_op <= 2 * of_plain + 4e-6 * max(1.0, np.abs(t).max()), f"{name}: {of_op} is over twice {of_plain}"
+        # Sums are float32 whatever goes in, and two orders of a sum differ: by some steps of the largest. More of them
+        # where the terms are differences, which keep the rounding of what cancels.
+        step = np.finfo(np.float32).eps * (np.abs(t).max() or differing)
+        allowed = 2 * of_plain + (4 if name in ("out", "v") else 16) * step
+        assert of_op <= allowed, f"{name}: {of_op / step:.1f} steps, {allowed / step:.1f} are allowed"

@@ -1,16 +1,17 @@
 """Compiles the kernels for TPUs that are not there; prints each kernel's use of vector memory, as JSON lines.
 
-    python tests/kernels/compile_tpu.py v5e:2x2 qwen3 phi3 mass decode chunk evict
+    python tests/kernels/compile_tpu.py v5e:2x2 qwen3_4b
 
 Needs the libtpu wheel and no TPU. v5p:2x2x1, v6e:2x2 and tpu7x:2x2x1 are other topologies it knows. Sizes are the
-largest that configs use. What the interpreter cannot run, the kernels under vmap, jax.checkpoint and shard_map, is
-lowered for the TPU at a small size.
+largest that configs use, of models with heads of every size. What the interpreter cannot run, the kernels under vmap,
+jax.checkpoint and shard_map, is lowered for the TPU at a small size.
 """
 
 import json
 import os
 import re
 import sys
+from functools import partial
 
 # Before jax is imported: no TPU is looked for, and several compilers may run at once.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -20,17 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
+from tpu_models import CHUNK, MODELS, TOKENS, WINDOW, Model
 
 from retention_jax.kernels import evict_pack_tpu, evict_select_tpu
 from retention_jax.kernels.buffer_attention_tpu import buffer_attention
+from retention_jax.kernels.buffer_attention_xla import Window
 from retention_jax.kernels.retention_attention_tpu import retention_attention
 from retention_jax.kernels.retention_mass_tpu import retention_mass
 
-# Tokens, query heads, key/value heads, head size.
-SIZES = {"qwen3": (131072, 32, 8, 128), "phi3": (131072, 32, 32, 96)}
-LAYERS_AND_HEADS = 36 * 8
-# Budget and window of an eviction, and batch and budget of decoding with a model of 40 layers.
-BUDGET, WINDOW = 4096, 128
 DECODE_BATCH, DECODE_BUDGET = 64, 1024
 # In a serialized executable: the names of instructions that call a kernel, and, in the same order, what the compiler
 # noted about these calls.
@@ -52,9 +50,11 @@ def mass_step(log_beta, segment_ids):
     return jax.value_and_grad(lambda x: retention_mass(x, segment_ids).sum())(log_beta)
 
 
-def evict_step(score, pos, head, live, offset, pool, window):
+def evict_step(score, pos, head, live, offset, pool, window, *, local):
     """Search and packing of one eviction."""
-    keep = evict_select_tpu.select_top(score, pos, head, live, capacity=pool.shape[1], groups=1, shared=window.shape[1])
+    groups = offset.shape[1] - 1 if local else 1
+    capacity, shared = pool.shape[1] // groups, window.shape[1]
+    keep = evict_select_tpu.select_top(score, pos, head, live, capacity=capacity, groups=groups, shared=shared)
     order, offset = evict_pack_tpu.pack_order(keep, head, offset, WINDOW)
     return evict_pack_tpu.pack_rows(pool, window, order), offset
 
@@ -93,46 +93,41 @@ def sharded_step(devices):
         jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*args)
 
 
-def compile_programs(topology: str, names: list[str]) -> None:
+def compile_programs(topology: str, model: Model) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = jax.sharding.Mesh(np.array(devices[:1]), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, P())
     shaped = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     f32, i32, bf16 = jnp.float32, jnp.int32, jnp.bfloat16
-    programs = {}
-    for name, (T, N, K, H) in SIZES.items():
-        tensors = shaped(bf16, 1, T, N, H), shaped(bf16, 1, T, K, H), shaped(bf16, 1, T, K, H), shaped(f32, 1, K, T)
-        programs[name] = attention_step, (*tensors, shaped(i32, 1, T), shaped(i32))
-    T = SIZES["qwen3"][0]
-    programs["mass"] = mass_step, (shaped(f32, 1, LAYERS_AND_HEADS, T), shaped(i32, 1, T))
+    T, N, K, H, all_heads = TOKENS, model.heads, model.kv_heads, model.head_size, model.layers * model.kv_heads
+    tensors = shaped(bf16, 1, T, N, H), shaped(bf16, 1, T, K, H), shaped(bf16, 1, T, K, H), shaped(f32, 1, K, T)
 
-    def held(batch, layers, K, H, slots):
-        return dict(
+    def reads(batch, tokens, slots):
+        held = dict(
             pool_k=shaped(bf16, batch, slots, H),
             pool_v=shaped(bf16, batch, slots, H),
             offset=shaped(i32, batch, K + 1),
-            recent_k=shaped(bf16, batch, layers, K, WINDOW, H),
-            recent_v=shaped(bf16, batch, layers, K, WINDOW, H),
+            recent_k=shaped(bf16, batch, model.layers, K, WINDOW, H),
+            recent_v=shaped(bf16, batch, model.layers, K, WINDOW, H),
             recent_range=shaped(i32, batch, 2),
             layer=shaped(i32),
         )
+        of_rows = shaped(i32, batch)
+        window = Window(shaped(i32), of_rows, of_rows, shaped(i32, batch, slots)) if model.sliding else None
+        read = lambda q, held, window: buffer_attention(q, **held, window=window)
+        return read, (shaped(bf16, batch, tokens, N, H), held, window)
 
-    read = lambda q, held: buffer_attention(q, **held)
-    _, N, K, H = SIZES["qwen3"]
-    programs["decode"] = (
-        read,
-        (shaped(bf16, DECODE_BATCH, 1, 40, H), held(DECODE_BATCH, 40, K, H, 40 * K * DECODE_BUDGET)),
-    )
-    programs["chunk"] = (
-        read,
-        (shaped(bf16, 1, 1024, N, H), held(1, LAYERS_AND_HEADS // K, K, H, LAYERS_AND_HEADS * BUDGET)),
-    )
-    slots, new = LAYERS_AND_HEADS * BUDGET, LAYERS_AND_HEADS * WINDOW
+    slots, new = all_heads * model.budget, all_heads * WINDOW
     entries = [shaped(dtype, 1, slots + new) for dtype in (f32, i32, i32, jnp.bool_)]
     rows = shaped(bf16, 1, slots, H), shaped(bf16, 1, new, H)
-    programs["evict"] = evict_step, (*entries, shaped(i32, 1, LAYERS_AND_HEADS + 1), *rows)
-    for name in names:
-        program, args = programs[name]
+    programs = {
+        "train": (attention_step, (*tensors, shaped(i32, 1, T), shaped(i32))),
+        "mass": (mass_step, (shaped(f32, 1, all_heads, T), shaped(i32, 1, T))),
+        "decode": reads(DECODE_BATCH, 1, all_heads * DECODE_BUDGET),
+        "chunk": reads(1, CHUNK, slots),
+        "evict": (partial(evict_step, local=model.local), (*entries, shaped(i32, 1, all_heads + 1), *rows)),
+    }
+    for name, (program, args) in programs.items():
         with jax.set_mesh(mesh):
             compiled = jax.jit(program).lower(*args).compile()
         # Not from `as_text`: jaxlib refuses what some of these compilers write.
@@ -150,4 +145,4 @@ def compile_programs(topology: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    compile_programs(sys.argv[1], sys.argv[2:])
+    compile_programs(sys.argv[1], MODELS[sys.argv[2]])

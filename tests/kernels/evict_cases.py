@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from seeds import generator
 
 
 class Entries(NamedTuple):
@@ -26,7 +27,7 @@ def make(seed: int, sizes: list[list[int]], slots: int, window: int, scores: str
 
     `scores`: "spread", "tied" (few values, among them the hard ones), "equal" or "by token" (ties across heads alone).
     """
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     B, heads = np.shape(sizes)
     offset = np.concatenate([np.zeros((B, 1), int), np.cumsum(sizes, axis=1)], axis=1)
     oldest = max(map(max, sizes)) + 3
@@ -49,7 +50,7 @@ def make(seed: int, sizes: list[list[int]], slots: int, window: int, scores: str
         case "equal":
             score = np.zeros(pos.shape)
         case _:
-            score = -np.random.default_rng(seed).random((B, oldest + window + 1))[np.arange(B)[:, None], pos]
+            score = -generator(seed).random((B, oldest + window + 1))[np.arange(B)[:, None], pos]
     int32 = lambda a: a.astype(np.int32)
     return Entries(score.astype(np.float32), int32(pos), int32(head), live, int32(offset), window)
 
@@ -84,7 +85,7 @@ def packed(x: Entries, keep: np.ndarray, pool: np.ndarray, window: np.ndarray) -
 
 def any_bytes(seed: int, dtype: Any, *shape: int) -> np.ndarray:
     """Every pattern of bits: nan of all kinds, infinities, both zeros, subnormal numbers."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     return rng.integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8).view(dtype)[..., 0]
 
 

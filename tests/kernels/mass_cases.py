@@ -4,11 +4,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from seeds import generator
 
 
 def make(seed, B, heads, T, dtype: Any = np.float64):
     """log_beta from never to at once, segment_ids of two and three documents a row, a cotangent."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     shape = B, heads, T
     log_beta = -np.exp(rng.normal(size=shape) * 2 - 2)
     log_beta = np.where(rng.random(shape) < 0.1, 0.0, np.where(rng.random(shape) < 0.1, -np.inf, log_beta))

@@ -8,38 +8,48 @@ import sys
 import jax.numpy as jnp
 import pytest
 from helpers import environment_for_tpu_compiler
+from tpu_models import CHUNK, MODELS, TOKENS, WINDOW
 
 from retention_jax.kernels import blocks
 
 pytest.importorskip("libtpu")
 SCRIPT = pathlib.Path(__file__).parent / "compile_tpu.py"
 ATTENTION = ("forward", "dq", "dkv")
-GROUPS = {"qwen3": 4, "phi3": 1}  # heads of 128 and of 96, which are padded to 128
-LENGTH = 131072
 
 
+# Between them every kernel on every topology, heads of every size, sliding windows, and a search in each head.
 @pytest.mark.parametrize(
-    "topology, program", [("v5e:2x2", "qwen3"), ("v5p:2x2x1", "phi3"), ("v6e:2x2", "qwen3"), ("tpu7x:2x2x1", "phi3")]
+    "topology, name",
+    [
+        ("v6e:2x2", "qwen3_4b"),
+        pytest.param("v6e:2x2", "qwen3_14b", marks=pytest.mark.slow),
+        pytest.param("v5e:2x2", "llama_1b", marks=pytest.mark.slow),
+        pytest.param("v5p:2x2x1", "phi3_mini", marks=pytest.mark.slow),
+        pytest.param("tpu7x:2x2x1", "gemma2_9b", marks=pytest.mark.slow),
+    ],
 )
-def test_kernels_compile(topology, program):
+def test_kernels_compile(topology, name):
     # A process of its own: the compiler is told not to look for a TPU before jax is imported.
-    command = [sys.executable, SCRIPT, topology, program, "mass", "decode", "chunk", "evict"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment_for_tpu_compiler())
+    run = subprocess.run(
+        [sys.executable, SCRIPT, topology, name], capture_output=True, text=True, env=environment_for_tpu_compiler()
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     reports = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     vmem = {(r["program"], r["kernel"]): r["vmem"] for r in reports}
-    print(topology, vmem)
+    print(topology, name, vmem)
 
-    chosen = blocks.attention_blocks(LENGTH, GROUPS[program], 128, jnp.bfloat16)
-    formula = blocks.attention_vmem_bytes(chosen, GROUPS[program], 128, jnp.bfloat16)
-    used = [vmem.pop((program, f"retention_attention_{kernel}")) for kernel in ATTENTION]
+    model, bf16 = MODELS[name], jnp.bfloat16
+    groups, K, H, heads = model.heads // model.kv_heads, model.kv_heads, model.head_size, model.layers * model.kv_heads
+    chosen = blocks.attention_blocks(TOKENS, groups, H, bf16)
+    formula = blocks.attention_vmem_bytes(chosen, groups, H, bf16)
+    used = [vmem.pop(("train", f"retention_attention_{kernel}")) for kernel in ATTENTION]
     assert formula / 2 < max(used) <= formula, used
     used = [vmem.pop(("mass", f"retention_mass_{kernel}")) for kernel in ("forward", "backward")]
-    assert max(used) <= blocks.mass_vmem_bytes(LENGTH)
-    for name, tokens, groups in (("decode", 1, 5), ("chunk", 1024, 4)):
-        chosen = blocks.buffer_blocks(tokens, 36 * 8 * 4096, 128, 8, groups, 128, jnp.bfloat16)
-        assert vmem.pop((name, "buffer_attention")) <= blocks.buffer_vmem_bytes(chosen, 8, groups, 128, jnp.bfloat16)
+    assert max(used) <= blocks.mass_vmem_bytes(TOKENS)
+    for program, tokens in (("decode", 1), ("chunk", CHUNK)):
+        chosen = blocks.buffer_blocks(tokens, heads * model.budget, WINDOW, K, groups, H, bf16)
+        assert vmem.pop((program, "buffer_attention")) <= blocks.buffer_vmem_bytes(chosen, K, groups, H, bf16)
     # Keys and result of a search are arrays of the program, which the compiler keeps on the chip where it can.
-    assert vmem.pop(("evict", "evict_select")) <= blocks.select_vmem_bytes(36 * 8 * (4096 + 128))
+    assert vmem.pop(("evict", "evict_select")) <= blocks.select_vmem_bytes(heads * (model.budget + WINDOW))
     assert 0 < vmem.pop(("evict", "evict_pack")) <= blocks.VMEM_BUDGET
     assert vmem == {}

@@ -62,6 +62,16 @@ def on_cpu(function, *args):
         return jax.tree.map(np.asarray, function(*args))
 
 
+def whole(op):
+    """Plain JAX with float32 products of all bits, where a device would take TF32 or passes of bfloat16."""
+
+    def run(*args, **named):
+        with jax.default_matmul_precision("highest"):
+            return op(*args, **named)
+
+    return run
+
+
 def largest(got, want) -> float:
     return float(np.abs(np.asarray(got, np.float64) - want).max())
 
@@ -80,7 +90,7 @@ def test_retention_attention(B, K, groups, H, T, dtype: Any):
     wide = tuple(x.astype(np.float64) for x in inputs[:4])
     plain = reference.retention_attention
     truth = on_cpu(value_and_grads, plain, (*wide, inputs[4]), cotangent.astype(np.float64))
-    by_plain, by_kernel = (jax.tree.leaves(value_and_grads(op, inputs, cotangent)) for op in (plain, ATTENTION))
+    by_plain, by_kernel = (jax.tree.leaves(value_and_grads(op, inputs, cotangent)) for op in (whole(plain), ATTENTION))
     for name, want, p, got in zip(("out", *NAMES), jax.tree.leaves(truth), by_plain, by_kernel, strict=True):
         assert largest(got, want) <= 2 * largest(p, want) + 1e-5 * max(1.0, np.abs(want).max()), name
 
@@ -115,7 +125,7 @@ def test_buffer_attention(T, groups, H):
     want = _dense(x)
     held = jax.tree.map(jnp.asarray, x)
     plain, kernel = (
-        jax.jit(lambda x, op=op: op(**x).out)(held) for op in (buffer_attention_xla.buffer_attention, BUFFER)
+        jax.jit(lambda x, op=op: op(**x).out)(held) for op in (whole(buffer_attention_xla.buffer_attention), BUFFER)
     )
     assert largest(kernel, want) <= 2 * largest(plain, want) + 1e-5 * np.abs(want).max()
     np.testing.assert_array_equal(kernel, jax.jit(lambda x: BUFFER(**x).out)(held))

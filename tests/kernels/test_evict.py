@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from evict_cases import any_bytes, make, pack, packed, select, survivors
+from evict_cases import Entries, any_bytes, make, pack, packed, select, survivors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +31,28 @@ WINDOW = 70
 def sizes(slots: int) -> list[list[int]]:
     """Ragged; empty heads and an empty row; one head that owns all; a pool that is full."""
     return [[5, 3 * slots // 4, 41, 0], [0, 0, 0, 0], [0, 0, slots, 0], [slots // 4] * 4]
+
+
+@pytest.mark.parametrize("capacity, groups, stay, lie", [(4, 1, [1, 2, 7, 8], [3, 1]), (2, 2, [1, 4, 7, 8], [2, 2])])
+def test_by_hand(capacity, groups, stay, lie):
+    # Head 0 owns slots 0, 1, 2 of the pool, head 1 slots 3 and 4, nobody slot 5; then two new tokens of each.
+    # Three scores are -1. One more of the -2 fits: those of token 3 are newer than 1's, and head 0 comes before head 1.
+    # With two for each head, head 0 keeps its -1, head 1 its -1 and the newer -2.
+    x = Entries(
+        score=np.array([[-5, -1, -2, -2, -2, 0, -3, -1, -1, -4]], np.float32),
+        pos=np.array([[0, 2, 3, 1, 3, -1, 4, 5, 4, 5]], np.int32),
+        head=np.array([[0, 0, 0, 1, 1, 1, 0, 0, 1, 1]], np.int32),
+        live=np.array([[True] * 5 + [False] + [True] * 4]),
+        offset=np.array([[0, 3, 5]], np.int32),
+        window=2,
+    )
+    rows = np.arange(10, 20, dtype=np.float32)[None]
+    pool, window = rows[:, :6], rows[:, 6:]
+    want = [10 + e for e in sorted(stay, key=lambda e: (x.head[0, e], x.pos[0, e]))] + [0, 0]
+    for keep in (survivors(x, capacity, groups), select(jit(evict_xla.select_top), x, capacity, groups)):
+        assert np.flatnonzero(keep).tolist() == stay
+        for result, offset in (packed(x, keep, pool, window), pack(evict_xla, x, keep, pool, window)):
+            assert result[0].tolist() == want and np.diff(offset[0]).tolist() == lie
 
 
 @every_select

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import assert_as_good_as, make, value_and_grads
+from attention_cases import NAMES, assert_as_good_as, make, value_and_grads
 from implementations import params
+from seeds import generator
 
 from retention_jax.kernels import (
     blocks,
@@ -59,31 +60,46 @@ def test_a_window_by_hand(op):
     np.testing.assert_allclose(out.ravel(), [6, 9, 7.5, 6], rtol=1e-6)
 
 
-def test_reference_against_a_loop():
-    (q, k, v, log_beta, segment_ids), _ = make(0, B=2, T=7, groups=2)
-    want = np.zeros_like(q)
+def by_loop(q, k, v, log_beta, segment_ids):
+    out = np.zeros_like(q)
     for b, t, n in itertools.product(*map(range, q.shape[:3])):
-        head, weights = n // 2, np.zeros(t + 1)
+        head, weights = n // (q.shape[2] // k.shape[2]), np.zeros(t + 1)
         for i in range(t + 1):
             decay = (t - i) * log_beta[b, head, i] if i < t else 0.0
             if segment_ids[b, i] == segment_ids[b, t]:
-                weights[i] = np.exp(q[b, t, n] @ k[b, i, head] / 2 + decay)
-        want[b, t, n] = weights @ v[b, : t + 1, head] / weights.sum()
+                weights[i] = np.exp(q[b, t, n] @ k[b, i, head] * q.shape[3] ** -0.5 + decay)
+        out[b, t, n] = weights @ v[b, : t + 1, head] / weights.sum()
+    return out
+
+
+def test_reference_against_a_loop_and_its_differences():
+    inputs, cotangent = make(0, B=2, T=7, groups=2)
     with jax.enable_x64(True):
-        got = reference.retention_attention(*map(jnp.asarray, (q, k, v, log_beta, segment_ids)))
-    np.testing.assert_allclose(got, want, rtol=1e-12)
+        out, grads = value_and_grads(reference.retention_attention, inputs, cotangent)
+    np.testing.assert_allclose(out, by_loop(*inputs), rtol=1e-12)
+    for i, (name, grad) in enumerate(zip(NAMES, grads, strict=True)):
+        # Along one direction, in which every number counts.
+        direction = generator(i).normal(size=grad.shape)
+        moved = lambda step, i=i, d=direction: by_loop(*(x + step * d if j == i else x for j, x in enumerate(inputs)))
+        slope = ((moved(1e-5) - moved(-1e-5)) / 2e-5 * cotangent).sum()
+        np.testing.assert_allclose((grad * direction).sum(), slope, rtol=1e-7, err_msg=name)
 
 
-# Sequences, key/value heads, query heads of each, head size, tokens: one, one block, several that T does not fill.
+# Sequences, key/value heads, query heads of each, head size, tokens: one, part of a block, several blocks.
 CASES = [
     (2, 2, 1, 64, 130, jnp.bfloat16),
-    (1, 1, 2, 96, 300, np.float32),
-    (1, 2, 4, 128, 1, np.float32),
-    (1, 1, 8, 256, 70, jnp.bfloat16),
+    (1, 1, 4, 128, 300, jnp.bfloat16),
+    (1, 1, 5, 96, 70, np.float32),
+    (1, 2, 6, 64, 1, np.float32),
+    (1, 1, 3, 256, 40, np.float32),
+    (1, 1, 7, 64, 40, np.float32),
+    (1, 1, 8, 64, 40, jnp.bfloat16),
 ]
+# Blocks of two stripes.
+STRIPED = partial(retention_attention_tpu.retention_attention, blocks=blocks.AttentionBlocks(tokens=256, stripe=128))
 
 
-@every_kernel
+@pytest.mark.parametrize("op", params({**KERNELS, "tpu": STRIPED}))
 @pytest.mark.parametrize("B, K, groups, H, T, dtype", CASES)
 def test_loses_no_more_than_the_reference(op, B, K, groups, H, T, dtype: Any):
     inputs, cotangent = make(T + groups, B, T, groups, dtype, K, H)

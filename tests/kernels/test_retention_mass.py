@@ -66,8 +66,8 @@ def test_loses_no_more_than_the_reference(op, B, heads, T, dtype: Any):
     for p, g, t in zip(plain, got, truth, strict=True):
         assert g.dtype == p.dtype
         of_plain, of_op = (np.abs(x.astype(np.float64) - t).max() for x in (p, g))
-        # Two orders of a float32 sum differ: by some steps of the largest.
-        assert of_op <= 2 * of_plain + 1e-6 * np.abs(t).max()
+        # Two orders of a float32 sum differ: by four steps of the largest.
+        assert of_op <= 2 * of_plain + 4 * np.finfo(np.float32).eps * np.abs(t).max()
 
 
 @everyone
