@@ -222,6 +222,7 @@ def buffer_attention(
     oldest, recent_pos = nothing, nothing
     if window is not None:
         oldest, recent_pos = window.seen - window.size + 1, window.recent_pos
+        # Another layout in memory, which the compiler makes once a token, outside the loop over layers.
         pool = *pool, pad(window.pool_pos, 1, LANES)[:, None]
     sizes = Sizes(K, tiles, B * tiles // (cores := 2 - B * tiles % 2), blocks, H**-0.5)
 

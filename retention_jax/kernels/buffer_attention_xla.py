@@ -47,6 +47,9 @@ def buffer_attention(
 
     `offset` bounds the pool segments of this layer's heads, `recent_range` the part of the layer's recent windows that
     is attended to, from the first token up to before the second. Without a `window` there are no masks by age.
+
+    Raises:
+      ValueError: if the pools of all rows have 2^31 slots or more.
     """
     B, T, N, H = q.shape
     K = recent_k.shape[2]
@@ -112,6 +115,12 @@ def _pool_part(
     wide = np.promote_types(q.dtype, np.float32)
     lowest = jnp.finfo(wide).min
 
+    # One array for all rows, with one index: for batched slices, or rows and slots apart, TPU's compiler would copy the
+    # pool to a new layout.
+    if B * slots > (most := jnp.iinfo(jnp.int32).max):
+        raise ValueError(f"buffer_attention in XLA numbers slots with 32 bits: at most {most}, got {B} * {slots}")
+    flat_k, flat_v = (a.reshape(B * slots, H) for a in (pool_k, pool_v))
+
     def one_row(item, state, row, q, offset, last, blocks, pos, oldest):
         """Adds one block to the running softmax (top, mass, out) of its head; nothing past the end of the list."""
         head = jnp.minimum(jnp.searchsorted(last, item, side="right"), K - 1)
@@ -121,8 +130,7 @@ def _pool_part(
         visible = ((slot >= begin) & (slot < offset[head + 1]))[None]
         if pos is not None:
             visible = visible & (jax.lax.dynamic_slice_in_dim(pos, start, block)[None] >= oldest[:, None])
-        # The pool is not batched: for batched slices TPU's compiler would copy it to a new layout.
-        keys, values = (jax.lax.dynamic_slice(a, (row, start, 0), (1, block, H))[0] for a in (pool_k, pool_v))
+        keys, values = (jax.lax.dynamic_slice_in_dim(a, row * slots + start, block) for a in (flat_k, flat_v))
         top, mass, out = (jax.lax.dynamic_index_in_dim(a, head, keepdims=False) for a in state)
         logits = jnp.where(visible, _logits("qh,sh->qs", q[head], keys), -jnp.inf)
         new_top = jnp.maximum(top, logits.max(axis=-1))

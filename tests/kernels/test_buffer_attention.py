@@ -192,6 +192,14 @@ def test_cost_follows_live_entries(kind, monkeypatch):
     assert max(blocks) <= SLOTS // block + K  # never heads times the fullest one
 
 
+def test_refuses_more_slots_than_it_can_number():
+    many = {name: jax.ShapeDtypeStruct((2, 2**30, 8), jnp.float32) for name in ("pool_k", "pool_v")}
+    x = {name: a for name, a in make(0, "empty", 1, 1, (0,) * B).items() if name not in ("k", "v", "layer")}
+    two = {name: jax.ShapeDtypeStruct((2, *a.shape[1:]), a.dtype) for name, a in x.items()} | many
+    with pytest.raises(ValueError, match=r"numbers slots with 32 bits: at most 2147483647, got 2 \* 1073741824"):
+        jax.eval_shape(XLA, two.pop("q"), **two, layer=jax.ShapeDtypeStruct((), jnp.int32))
+
+
 @pytest.mark.parametrize("slots, heads", list(itertools.product((1, 5, 16, 1000, 10**6), (1, 2, 8))))
 def test_blocks_fit_the_pool(slots, heads):
     block = buffer_attention_xla.block_size(slots, heads)
