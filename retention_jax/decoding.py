@@ -312,8 +312,7 @@ def lower_run(model: Decoder, buffer: Buffer, run: int) -> jax.stages.Lowered:
 
     Its loops stand in named scopes: `run`, of a turn for each eviction, and in it `tokens` and `evict`, of one or none.
     """
-    B = buffer.seen.shape[0]
-    row = lambda dtype: jax.ShapeDtypeStruct((B,), dtype, sharding=buffer.seen.sharding)
+    row = lambda dtype: jax.ShapeDtypeStruct(buffer.seen.shape, dtype, sharding=buffer.seen.sharding)
     one, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
     drawing, stops = jax.eval_shape(lambda: (sampling.settings(0.0, 0, 1.0, 0.0), jnp.zeros(1, jnp.int32)))
     how = key, row(jnp.int32), drawing, stops, one
@@ -348,8 +347,7 @@ def compile_score_stream(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _score_stream(model, tokens, cache, lengths):
-    B, T = tokens.shape
-    R = cache.recent
+    (B, T), R = tokens.shape, cache.recent
     chunks = -(-T // R)
     pad = ((0, 0), (0, chunks * R - T + 1))
     by_chunk = lambda a: a.reshape(B, chunks, R).swapaxes(0, 1)
@@ -386,7 +384,6 @@ def _outlook(
     nothing = cache_lib.empty(cfg, CacheConfig(budget=1, recent=1), B)
     _, new, q = decoder.extend(model, tokens, valid, nothing, queries=T)
     assert q is not None
-    starts = jnp.arange(0, T, R, dtype=jnp.int32)
 
     def one_layer(l):
         k, pos = (jax.lax.dynamic_index_in_dim(a, l, 1, keepdims=False) for a in (new.k, new.pos))
@@ -397,7 +394,7 @@ def _outlook(
             cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start, R, 1)
             return key_products.received(cut(of_layer), cut(pos[:, 0]), k, pos, window).sum(axis=2)
 
-        got = jax.lax.map(one_chunk, starts)
+        got = jax.lax.map(one_chunk, jnp.arange(0, T, R, dtype=jnp.int32))
         return jnp.flip(jnp.cumsum(jnp.flip(got, 0), axis=0), 0) - got
 
     return jax.lax.map(one_layer, jnp.arange(cfg.num_layers, dtype=jnp.int32)).transpose(1, 2, 0, 3, 4)

@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from retention_jax.config import CacheConfig, GateConfig
+from retention_jax.evaluation.rows import Row
 from retention_jax.model_config import ModelConfig
 from retention_jax.models import gate_files
 from retention_jax.models.decoder import Decoder
@@ -170,3 +171,15 @@ def gate_tensors(model: Decoder) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         gate_files.save_gates(model, folder)
         return load_file(pathlib.Path(folder) / "gates.safetensors")
+
+
+def row(**changes: Any) -> Row:
+    """A result of an evaluation, made up."""
+    one = Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 1, 1, 1.0, 9.0, None, {}, 0, [])
+    return one._replace(**changes)
+
+
+def untimed(results: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """A journal without what differs from run to run."""
+    slow = ("seconds", "tokens_per_second", "made_by")
+    return {unit: {k: v for k, v in result.items() if k not in slow} for unit, result in results.items()}

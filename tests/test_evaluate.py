@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import tqdm
 from absl import app, flags
-from helpers import tiny_config, tiny_model
+from helpers import row, tiny_config, tiny_model
 from text_helpers import make_tokenizer
 
-from retention_jax import config_io, evaluate, plots, sharding
+from retention_jax import config_io, evaluate, sharding
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, MeshConfig, TrainConfig
 from retention_jax.decoding import score_stream
 from retention_jax.evaluation import rows as rows_lib
 from retention_jax.evaluation import streams
-from retention_jax.evaluation.rows import Row
 from retention_jax.models import gate_files, weights
 from retention_jax.tasks import recall
 
@@ -52,11 +51,6 @@ def evaluated(model, text, tmp_path_factory):
         patch.setattr(tqdm.tqdm, "write", lambda text: lines.append(text))
         rows = evaluate.run(model, TEXT, text, output)
     return rows, output, "\n".join(lines)
-
-
-def row(**changes):
-    one = Row("recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 1, 1, 1.0, 9.0, None, {}, 0, [])
-    return one._replace(**changes)
 
 
 def test_programs_of_finished_cells_are_freed(model, monkeypatch):
@@ -209,8 +203,9 @@ def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["results.json"]
 
 
-def test_table_on_screen(evaluated):
-    rows, _, screen = evaluated
+def test_table_on_screen_and_figure(evaluated):
+    rows, output, screen = evaluated
+    assert (output / "quality_text.png").stat().st_size > 5000
     assert screen.strip() == rows_lib.table(rows)
     full = row(policy="full", budget=768, score=0.611, low=0.601, high=0.621)
     text = rows_lib.table(
@@ -233,43 +228,6 @@ def test_table_on_screen(evaluated):
         ]
     )
     assert alone.splitlines()[1].split() == ["full", "cache", "2.346"]
-
-
-# Figures.
-
-
-def test_figure_is_a_picture(evaluated, tmp_path):
-    _, output, _ = evaluated
-    assert (output / "quality_text.png").read_bytes().startswith(b"\x89PNG")
-    plots.quality([row(policy="full", budget=768)], tmp_path / "full.png")
-    plots.quality([row(), row(length=192)], tmp_path / "one.png")
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("full.png", "one.png"))
-    with pytest.raises(ValueError, match="rows of one task"):
-        plots.quality([row(), row(task="text")], tmp_path / "none.png")
-
-
-@pytest.mark.parametrize(
-    "full, wanted",
-    [
-        ((0.61, 0.60, 0.62), "retention with 48 of 768 entries\nbeats the full cache by 14.0 points"),
-        ((0.76, 0.74, 0.78), "retention with 48 of 768 entries is level with the full cache"),
-        ((0.90, 0.89, 0.91), "retention with 48 of 768 entries\nfalls short of the full cache by 15.0 points"),
-    ],
-)
-def test_title_says_what_the_longest_rows_show(full, wanted):
-    longest = [row(policy="full", budget=768)._replace(score=full[0], low=full[1], high=full[2]), row()]
-    others = [row(policy="random", score=0.2), row(budget=768, score=1.0), row(length=192, score=0.99)]
-    assert plots.message(longest + others) == f"recall at 768 tokens: {wanted}"
-
-
-def test_title_knows_that_fewer_bits_are_better():
-    text = row(task="text", metric="bits_per_byte")
-    rows = [
-        text._replace(policy="full", budget=768, score=2.5, low=2.4, high=2.6),
-        text._replace(score=2.0, low=2.0, high=2.0),
-    ]
-    rows.append(text._replace(policy="random", score=3.0, low=3.0, high=3.0))
-    assert plots.message(rows).endswith("retention with 48 of 768 entries\nbeats the full cache by 0.500 bits per byte")
 
 
 # Refusals.

@@ -3,13 +3,8 @@
 import dataclasses
 import functools
 import gc
-import json
 import math
-import os
 import pathlib
-import signal
-import subprocess
-import sys
 import weakref
 from typing import get_args
 
@@ -17,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_model
+from helpers import tiny_model, untimed
 from text_helpers import make_tokenizer
 
 from retention_jax import decoding, evaluate, sharding
 from retention_jax.config import DataConfig, EvalConfig
-from retention_jax.evaluation import devices, journal, prompts, rows, sweep
+from retention_jax.evaluation import journal, prompts, rows, sweep
 from retention_jax.evaluation.answers import Answers, behind_thoughts, seed_of
-from retention_jax.evaluation.journal import Unit
 from retention_jax.evaluation.streams import Streams
 from retention_jax.tasks import text_metrics
 from retention_jax.tasks.example import Cut, Example, Task, Turn
@@ -78,11 +72,6 @@ def evaluated(model, tok, config, output, task=TASK):
         output=output,
         alone=True,
     )
-
-
-def untimed(results):
-    slow = ("seconds", "tokens_per_second", "made_by")
-    return {unit: {k: v for k, v in result.items() if k not in slow} for unit, result in results.items()}
 
 
 @pytest.mark.parametrize("chat", (True, False))
@@ -364,64 +353,6 @@ def test_journals_of_another_run_are_refused(model, tok, tmp_path):
     path.write_bytes(path.read_bytes().replace(b'"unit"', b'"unti"', 1))
     with pytest.raises(ValueError, match="line 2: no line of an evaluation's journal"):
         journal.read(tmp_path, {"seed": 0})
-
-
-def test_units_are_dealt_out_and_come_together(tmp_path):
-    units = [Unit("t", 1, "full", 1, seed, 0) for seed in range(5)]
-    parts = [sweep.dealt(units, i, 2) for i in range(2)]
-    assert sorted(parts[0] + parts[1]) == units and abs(len(parts[0]) - len(parts[1])) == 1
-    for process, part in enumerate(parts):
-        book = journal.Journal(tmp_path, process, {"a": 1})
-        for unit in part:
-            book.write(unit, {"score": float(unit.seed)})
-        book.close()
-    assert journal.read(tmp_path, {"a": 1}) == {unit: {"score": float(unit.seed)} for unit in units}
-
-
-def test_a_models_name_is_that_of_its_values(model):
-    assert devices.digest(model) == devices.digest(tiny_model(vocab_size=300))
-    assert devices.digest(model) != devices.digest(tiny_model(vocab_size=301))
-
-
-PROGRAM = """
-import pathlib, sys
-sys.path.insert(0, "tests")
-import conftest, jax
-jax.config.update("jax_disable_most_optimizations", True)
-import test_sweep, os, signal
-from retention_jax.evaluation.journal import Journal
-write, units = Journal.write, []
-
-def until_killed(book, unit, result):
-    if len(units) == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    units.append(unit)
-    write(book, unit, result)
-
-Journal.write = until_killed
-test_sweep.sweep_streams(pathlib.Path(sys.argv[1]))
-"""
-
-
-def sweep_streams(output):
-    config = EvalConfig(policies=("full", "oracle"), budgets=(3,), lengths=(36,), recent=6, examples=2)
-    return evaluate.run(tiny_model(vocab_size=64), config, DataConfig(), output)
-
-
-def test_a_killed_sweep_goes_on(tmp_path):
-    path = tmp_path / "killed" / "journal-0.jsonl"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(path.parent)], cwd=ROOT, env=environment)
-    assert process.wait() == -signal.SIGKILL
-    before = path.read_bytes()
-    assert before.count(b"\n") == 1 + 7
-    again, whole = sweep_streams(path.parent), sweep_streams(tmp_path / "whole")
-    assert [r.score for r in again] == [r.score for r in whole]
-    after = path.read_bytes()
-    assert after.startswith(before) and after.count(b"\n") == 1 + 2 * 5
-    header = json.loads(after.splitlines()[0])["fingerprint"]
-    read = lambda folder: untimed(journal.read(folder, header))
-    assert read(path.parent) == read(tmp_path / "whole")
 
 
 def test_problems_come_all_at_once():
