@@ -40,7 +40,6 @@ class Panel(NamedTuple):
     lines: list[Line]
     full: Point | None
     full_x: float | None  # where its own point is, if it has one
-    full_label_right: bool  # on the side where the other scores leave room
 
 
 def quality(rows: Sequence[Row], policies: Sequence[str]) -> Panel:
@@ -88,14 +87,16 @@ def _panel(
         y, low, high = (round(at_y(score), 1) for score in (row.score, row.low, row.high))
         return Point(round(x, 1), y, low, high, title)
 
+    beside = "" if full is None else f" (full cache {number(full.metric, full.score)})"
     lines = []
     for index, policy in enumerate(policies):
         mine = sorted((row for row in others if row.policy == policy), key=x_of)
-        aside = 3.0 * (index - (len(policies) - 1) / 2)  # so that intervals of equal scores do not cover each other
+        # A small step aside, so that intervals of equal scores do not cover each other.
+        aside = min(3.0, 15 / len(policies)) * (index - (len(policies) - 1) / 2)
         points = [point(row, to_x(math.log2(x_of(row))) + aside) for row in mine]
         lines += [Line(policy, index, points)] if points else []
     return Panel(
-        title=f"{first.task}, {first.length:,} tokens",
+        title=f"{first.task}, {first.length:,} tokens{beside}",
         x_label=x_label,
         y_label=named(first.metric),
         x_ticks=[Tick(round(to_x(math.log2(x)), 1), label) for x, label in x_ticks],
@@ -103,14 +104,7 @@ def _panel(
         lines=lines,
         full=None if full is None else point(full, float(WIDTH - RIGHT)),
         full_x=round(to_x(math.log2(x_of(full))), 1) if full is not None and full_has_x else None,
-        full_label_right=full is not None and not full_has_x and _room_on_the_right(others, full),
     )
-
-
-def _room_on_the_right(others: Sequence[Row], full: Row) -> bool:
-    budgets = sorted({row.budget for row in others})
-    distance = lambda budget: min(abs(row.score - full.score) for row in others if row.budget == budget)
-    return not budgets or distance(budgets[-1]) >= distance(budgets[0])
 
 
 def _scale(low: float, high: float, start: int, end: int) -> Callable[[float], float]:
