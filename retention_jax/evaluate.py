@@ -103,22 +103,16 @@ def check(config: EvalConfig, data: DataConfig) -> None:
 
 
 def check_mesh(model: Decoder, config: EvalConfig) -> None:
-    """Raises ValueError, naming all of it, where what is evaluated does not fit the mesh that the model is on."""
+    """Raises ValueError, naming all of it, where a buffer does not fit the mesh that the model is on."""
     problems = []
     with sharding.enter_mesh_of(model):
-        rows, context, heads = (sharding.shards(*axes) for axes in (sharding.ROWS, ("context",), sharding.HEADS))
+        rows, heads = (sharding.shards(*axes) for axes in (sharding.ROWS, sharding.HEADS))
         for policy, budget in cells(config, heads):
             buffer = buffer_of(config, policy, budget, heads)
             try:
                 jax.eval_shape(functools.partial(cache.empty, model.config, buffer, rows))
             except ValueError as error:
                 problems.append(f"{policy} with {budget} entries: {error}")
-    if "full" in config.policies and set(TASKS) & set(config.tasks):
-        if model.config.num_heads % heads:
-            needed = f"the model's query heads must be a multiple of mesh context * tensor = {heads}"
-            problems.append(f"full: {needed}, got {model.config.num_heads}")
-        if wrong := [length for length in config.lengths if length % context]:
-            problems.append(f"full: lengths must be multiples of mesh context = {context}, got {wrong}")
     if problems:
         raise ValueError("evaluation: " + "; ".join(problems))
 

@@ -94,7 +94,7 @@ def make_mesh(
     if len(found) < math.prod(sizes):
         raise ValueError(f"a mesh of {' x '.join(map(str, sizes))} devices was asked for, there are {len(found)}")
     found = found[: math.prod(sizes)]
-    slices = len({device.slice_index for device in found}) if found[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in found}) if found[0].platform == "tpu" else 1
     if data % slices:
         raise ValueError(f"the devices are in {slices} slices: mesh data must be a multiple of that, got {data}")
     # An axis may be part of one of the torus's: 8 of a 4 x 4 x 4 is one row and half of another direction.
