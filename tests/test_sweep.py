@@ -62,6 +62,12 @@ def model():
     return tiny_model(vocab_size=300)
 
 
+@pytest.fixture
+def programs_kept(monkeypatch):
+    """A sweep frees the programs of finished cells, which the next test would compile again."""
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+
+
 def evaluated(model, tok, config, output, task=TASK):
     return sweep.run(
         [functools.partial(Answers, model, tok, config, "made", task, None)],
@@ -220,6 +226,7 @@ def test_told_answers_are_read_in_place_of_the_models(model, tok, tmp_path):
         buffer = read(turn, buffer)
 
 
+@pytest.mark.usefixtures("programs_kept")
 def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
     sampled = dataclasses.replace(CONFIG, policies=("random_keep_prompt",), samples=2, temperature=5.0)
     texts = []
@@ -262,6 +269,7 @@ def test_no_two_samples_have_one_seed():
     assert len({seed_of(seed, sample) for seed in range(50) for sample in range(50)}) == 2500
 
 
+@pytest.mark.usefixtures("programs_kept")
 def test_what_is_done_is_not_done_again(model, tok, tmp_path, monkeypatch):
     whole = evaluated(model, tok, CONFIG, tmp_path / "whole")
     path = tmp_path / "half" / "journal-0.jsonl"
@@ -284,6 +292,7 @@ def test_what_is_done_is_not_done_again(model, tok, tmp_path, monkeypatch):
     assert len(worked) == units - 2
 
 
+@pytest.mark.usefixtures("programs_kept")
 def test_a_judge_that_fails_loses_no_answer(model, tok, tmp_path, monkeypatch):
     def unreachable(example: Example, turn: int, answer: str) -> float:
         raise ConnectionError("judge: failed 6 times")
@@ -342,6 +351,7 @@ def test_perplexity_is_of_all_tokens_together(model, tok, tmp_path):
     assert (row.score, row.low, row.high) == pytest.approx((4, 4 * math.exp(-half), 4 * math.exp(half)), rel=1e-3)
 
 
+@pytest.mark.usefixtures("programs_kept")
 def test_journals_of_another_run_are_refused(model, tok, tmp_path):
     evaluated(model, tok, CONFIG, tmp_path)
     with pytest.raises(ValueError, match=r"another run; give another --output, or go back to: seed=0 \(now 1\)"):
