@@ -5,7 +5,7 @@
 
 The second line is how `builtin:recall_gates` came into the package.
 
-Hardware and time: 2 CPU cores, 3 minutes, half of them training.
+Hardware and time: 2 CPU cores, 3 to 8 minutes, half of them training.
 Expected at 768 tokens, four times the trained length: see the table in README.md.
 """
 
