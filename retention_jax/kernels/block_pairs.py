@@ -113,3 +113,18 @@ def visible_pairs(
     live = (step[None] < count[:, None]).astype(jnp.int32) << (2 * _BITS + 1)
     codes = jnp.take_along_axis(codes, at, axis=1) | live
     return Pairs(codes.reshape(-1), reach.reshape(-1), window.reshape(1), count.max())
+
+
+def check_attention_inputs(q: Array, k: Array, v: Array, where: str) -> None:
+    """Raises ValueError unless the kernels of retention attention take such queries, keys and values, [B, T, heads, H].
+
+    `where` they run is told.
+    """
+    N, K = q.shape[2], k.shape[2]
+    if N % K:
+        raise ValueError(f"query heads must be a multiple of key/value heads, got {N} and {K}")
+    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"retention_attention {where} takes q, k and v all in float32 or all in bfloat16, "
+            f"got {q.dtype}, {k.dtype} and {v.dtype}"
+        )

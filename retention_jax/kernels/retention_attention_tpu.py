@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from retention_jax.kernels import retention_attention_tpu_kernels as kernels
-from retention_jax.kernels.block_pairs import last_reached, visible_pairs
+from retention_jax.kernels.block_pairs import check_attention_inputs, last_reached, visible_pairs
 from retention_jax.kernels.blocks import LANES, AttentionBlocks, attention_blocks, check_attention_smem
 
 
@@ -149,14 +149,8 @@ def retention_attention_with_lse(
 
 def _checked(q: Array, k: Array, v: Array, blocks: AttentionBlocks | None) -> AttentionBlocks:
     """The blocks to use, once the inputs are known to be what the kernels take."""
+    check_attention_inputs(q, k, v, "on TPU")
     (B, T, N, H), K = q.shape, k.shape[2]
-    if N % K:
-        raise ValueError(f"query heads must be a multiple of key/value heads, got {N} and {K}")
-    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(
-            "retention_attention on TPU takes q, k and v all in float32 or all in bfloat16, "
-            f"got {q.dtype}, {k.dtype} and {v.dtype}"
-        )
     if blocks is None:
         blocks = attention_blocks(T, N // K, H, q.dtype)
     check_attention_smem(blocks, B, K, T)

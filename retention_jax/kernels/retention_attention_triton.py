@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from retention_jax.kernels.block_pairs import last_reached
+from retention_jax.kernels.block_pairs import check_attention_inputs, last_reached
 from retention_jax.kernels.triton_blocks import AttentionBlocks, attention_blocks
 from retention_jax.kernels.triton_call import Launch, call, padded_head
 
@@ -191,14 +191,8 @@ def retention_attention_with_lse(
 
 def _checked(q: Array, k: Array, v: Array, blocks: AttentionBlocks | None) -> AttentionBlocks:
     """The blocks to use, once the inputs are known to be what the kernels take."""
-    (_, T, N, H), K = q.shape, k.shape[2]
-    if N % K:
-        raise ValueError(f"query heads must be a multiple of key/value heads, got {N} and {K}")
-    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(
-            "retention_attention in Triton takes q, k and v all in float32 or all in bfloat16, "
-            f"got {q.dtype}, {k.dtype} and {v.dtype}"
-        )
+    check_attention_inputs(q, k, v, "in Triton")
+    T, H = q.shape[1], q.shape[3]
     if blocks is None:
         blocks = attention_blocks(H, q.dtype.itemsize)
     if T > (most := blocks.tokens * jnp.iinfo(jnp.int16).max):
