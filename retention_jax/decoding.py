@@ -1,4 +1,4 @@
-"""From tokens to an evicted cache: prefill, decode, generation, and streaming scores.
+"""From tokens to an evicted cache: prefill, decode, generation.
 
 Everything here is: extend the model by some tokens, then let the cache take the new entries in.
 """
@@ -17,7 +17,6 @@ from retention_jax import cache as cache_lib
 from retention_jax import sampling, sharding
 from retention_jax.cache import Buffer
 from retention_jax.config import AnyArray, CacheConfig
-from retention_jax.kernels import key_products
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
 
@@ -317,84 +316,3 @@ def lower_run(model: Decoder, buffer: Buffer, run: int) -> jax.stages.Lowered:
     drawing, stops = jax.eval_shape(lambda: (sampling.settings(0.0, 0, 1.0, 0.0), jnp.zeros(1, jnp.int32)))
     how = key, row(jnp.int32), drawing, stops, one
     return _decode_run.lower(model, row(jnp.int32), row(jnp.bool_), buffer, one, *how, run=run)
-
-
-class Scores(NamedTuple):
-    """Streaming scores; column t is about token t + 1, after tokens 0 .. t went through the buffer."""
-
-    log_prob: Float[Array, "B T_less_1"]  # natural log of the next token's probability
-    best: Int[Array, "B T_less_1"]  # the likeliest next token
-
-
-@_on_its_mesh
-def score_stream(
-    model: Decoder, tokens: Int[AnyArray, "B T"], cache: CacheConfig, lengths: Int[AnyArray, " B"]
-) -> tuple[Scores, Buffer]:
-    """Feeds sequences through the buffer in chunks of R tokens, evicting after each, and scores every next token.
-
-    The same as decoding token by token with the sequence's own tokens. Also returns the buffer at the end.
-    """
-    return _score_stream(model, tokens, cache, lengths)
-
-
-@_on_its_mesh
-def compile_score_stream(
-    model: Decoder, tokens: Int[AnyArray, "B T"], cache: CacheConfig, lengths: Int[AnyArray, " B"]
-) -> jax.stages.Compiled:
-    """`score_stream` of these shapes and this cache, which the result is not given again, compiled beforehand."""
-    return _score_stream.lower(model, tokens, cache, lengths).compile()
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _score_stream(model, tokens, cache, lengths):
-    (B, T), R = tokens.shape, cache.recent
-    chunks = -(-T // R)
-    pad = ((0, 0), (0, chunks * R - T + 1))
-    by_chunk = lambda a: a.reshape(B, chunks, R).swapaxes(0, 1)
-    inputs, targets = jnp.pad(tokens, pad)[:, :-1], jnp.pad(tokens, pad)[:, 1:]
-    valid = jnp.arange(chunks * R)[None] < lengths[:, None]
-
-    worth = _outlook(model, inputs, valid, cache) if cache.policy == "oracle" else None
-
-    def one_chunk(buffer, chunk):
-        tokens, targets, valid, outlook = chunk
-        hidden, buffer = read_chunk(model, tokens, valid, buffer, outlook=outlook)
-        log_probs = jax.nn.log_softmax(decoder.unembed(model, hidden), axis=-1)
-        log_prob = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-        return buffer, Scores(log_prob, jnp.argmax(log_probs, axis=-1).astype(jnp.int32))
-
-    buffer, scores = jax.lax.scan(
-        one_chunk,
-        cache_lib.empty(model.config, cache, B),
-        (by_chunk(inputs), by_chunk(targets), by_chunk(valid), worth),
-    )
-    together = lambda a: a.swapaxes(0, 1).reshape(B, chunks * R)[:, : T - 1]
-    return Scores(together(scores.log_prob), together(scores.best)), buffer
-
-
-def _outlook(
-    model: Decoder, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], cache: CacheConfig
-) -> Float[Array, "chunks B L K T"]:
-    """For each chunk of R tokens, the attention that every token will get after it in a full cache, all later queries
-    and the group's heads together: T/R times B*L*K*T float32, as no other policy needs.
-
-    Ranking by it is the oracle: greedy on the full cache's attention, and so not the best that could be kept.
-    """
-    (B, T), cfg, R = tokens.shape, model.config, cache.recent
-    nothing = cache_lib.empty(cfg, CacheConfig(budget=1, recent=1), B)
-    _, new, q = decoder.extend(model, tokens, valid, nothing, queries=T)
-    assert q is not None
-
-    def one_layer(l):
-        k, pos = (jax.lax.dynamic_index_in_dim(a, l, 1, keepdims=False) for a in (new.k, new.pos))
-        of_layer = jax.lax.dynamic_index_in_dim(q, l, 1, keepdims=False)
-        window = None if cfg.windows is None else jnp.asarray(cfg.windows, jnp.int32)[l]
-
-        def one_chunk(start):
-            cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start, R, 1)
-            return key_products.received(cut(of_layer), cut(pos[:, 0]), k, pos, window).sum(axis=2)
-
-        got = jax.lax.map(one_chunk, jnp.arange(0, T, R, dtype=jnp.int32))
-        return jnp.flip(jnp.cumsum(jnp.flip(got, 0), axis=0), 0) - got
-
-    return jax.lax.map(one_layer, jnp.arange(cfg.num_layers, dtype=jnp.int32)).transpose(1, 2, 0, 3, 4)

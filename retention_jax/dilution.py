@@ -128,7 +128,7 @@ def measure(
     asked: Int[AnyArray, "B T"],
     cache: CacheConfig,
 ) -> Measured:
-    """Feeds sequences through the buffer as `decoding.score_stream` does, and weighs what each token attends to.
+    """Feeds sequences through the buffer as `scoring.score_stream` does, and weighs what each token attends to.
 
     Args:
       model: the decoder.

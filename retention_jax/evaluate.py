@@ -188,7 +188,7 @@ def blocks(
     Raises:
       ValueError: naming every task that cannot be loaded.
     """
-    found, problems = [], []
+    found, problems, compile_stream = [], [], streams.remembering(model)
     settings = _task_settings(config, (output or pathlib.Path()) / f"verdicts-{jax.process_index()}.jsonl")
     for task in config.tasks:
         try:
@@ -200,7 +200,9 @@ def blocks(
                 else:
                     for length in config.lengths:
                         streams.examples(task, config, data, length)
-                make = functools.partial(Streams, model, config, data, task, tokenizer=tokenizer)
+                make = functools.partial(
+                    Streams, model, config, data, task, tokenizer=tokenizer, compile_stream=compile_stream
+                )
                 found += [functools.partial(make, length=length) for length in config.lengths]
             elif tokenizer is not None:
                 encode = functools.partial(tokenizer.encode, bos=False)

@@ -70,6 +70,7 @@ ACTIVATIONS = {
     "log_beta": P(ROWS, "tensor", "context"),  # B K T
     "cached": P(ROWS, None, None, None),  # B T K H: new entries; every device that has their sequence gets all of them
     "scoring": P(ROWS, HEADS, None),  # B K T, B L*K T: beside attention, and for the retention mass
+    "scores": P(None, None),  # B T: numbers about tokens, for the host to read
     "blocked": P(
         None, ROWS, "context", None
     ),  # blocks B shards columns ...: positions whose vocabulary logits are made

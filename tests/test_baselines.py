@@ -13,8 +13,8 @@ import retention_jax as rj
 from retention_jax import cache, evaluate, policies, selection
 from retention_jax.cache import Entries
 from retention_jax.config import CacheConfig, Policy
-from retention_jax.decoding import _outlook
 from retention_jax.kernels import key_products
+from retention_jax.scoring import _outlook
 
 pytestmark = pytest.mark.slow
 

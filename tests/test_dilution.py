@@ -11,7 +11,7 @@ from absl import flags, logging
 from flax import nnx
 from helpers import Step, assert_close, simulate, tiny_config, tiny_model
 
-from retention_jax import config_io, decoding, dilution, dilution_plots, evaluate
+from retention_jax import config_io, dilution, dilution_plots, evaluate, scoring
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
 from retention_jax.evaluation.streams import examples
 from retention_jax.models import gate as gate_lib
@@ -177,7 +177,7 @@ def test_a_budget_that_holds_everything_is_the_full_cache(model, streams):
 @pytest.mark.parametrize("recent", [R, 7])  # 36 tokens are six whole chunks of 6, and five of 7 with one token more
 def test_predicts_what_decoding_predicts(model, streams, recent):
     cache = CacheConfig(budget=4, recent=recent)
-    scores, _ = decoding.score_stream(model, streams[0], cache, np.full(len(streams[0]), T))
+    scores, _ = scoring.score_stream(model, streams[0], cache, np.full(len(streams[0]), T))
     found = dilution.measure(model, *streams, cache)
     assert found.asked.shape[:2] == found.best.shape == streams[0].shape
     np.testing.assert_array_equal(found.best[:, :-1], scores.best)

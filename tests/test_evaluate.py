@@ -13,12 +13,12 @@ from absl import app, flags
 from helpers import row, tiny_config, tiny_model
 from text_helpers import make_tokenizer
 
-from retention_jax import config_io, evaluate, sharding
+from retention_jax import config_io, evaluate, scoring, sharding
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, MeshConfig, TrainConfig
-from retention_jax.decoding import score_stream
 from retention_jax.evaluation import rows as rows_lib
 from retention_jax.evaluation import streams
 from retention_jax.models import gate_files, weights
+from retention_jax.scoring import score_stream
 from retention_jax.tasks import recall
 
 DATA = DataConfig()
@@ -59,8 +59,19 @@ def test_programs_of_finished_cells_are_freed(model, monkeypatch):
     programs = lambda: len(jax.devices()[0].client.live_executables())
     before, budgets = programs(), (3, 4, 5, 6, 7, 8)
     config = dataclasses.replace(SMALL, policies=("streaming",), budgets=budgets, seeds=1)
+    monkeypatch.setattr(streams, "_PROGRAMS", 2)
     assert len(evaluate.run(model, config, DATA, None)) == len(budgets) > 2
     assert programs() - before < len(budgets)
+
+
+def test_a_policy_and_budget_are_compiled_once_for_all_lengths(model, monkeypatch):
+    compiled, compile_stream = [], scoring.compile_stream
+    monkeypatch.setattr(scoring, "compile_stream", lambda *args: compiled.append(args) or compile_stream(*args))
+    config = dataclasses.replace(SMALL, policies=("retention", "oracle"), lengths=(36, 47), seeds=1)
+    both = evaluate.run(model, config, DATA, None)
+    assert len(compiled) == 1 + 2  # the oracle, which knows what comes, once for each length
+    apart = [evaluate.run(model, dataclasses.replace(config, lengths=(n,)), DATA, None) for n in (36, 47)]
+    assert [row.score for row in both] == [row.score for rows in apart for row in rows]
 
 
 # What a score is.
@@ -166,9 +177,9 @@ def test_only_a_budget_that_holds_everything_scores_as_the_full_cache(evaluated)
 
 def test_blocks_of_logits_change_nothing(model, monkeypatch):
     tokens = streams.examples("recall", SMALL, DATA, 36)[0][0]
-    whole = streams.score_full(model, tokens)
-    monkeypatch.setattr(streams, "_LOGITS_BLOCK", 16)
-    blocks = inspect.unwrap(streams.score_full)(model, tokens)
+    whole = scoring.score_full(model, tokens)
+    monkeypatch.setattr(scoring, "_LOGITS_BLOCK", 16)
+    blocks = inspect.unwrap(scoring.score_full)(model, tokens)
     np.testing.assert_allclose(whole.log_prob, blocks.log_prob, atol=1e-6)
     np.testing.assert_array_equal(whole.best, blocks.best)
 

@@ -17,7 +17,7 @@ from text_helpers import make_tokenizer
 
 from retention_jax import decoding, evaluate, sharding
 from retention_jax.config import DataConfig, EvalConfig
-from retention_jax.evaluation import journal, prompts, rows, sweep
+from retention_jax.evaluation import journal, prompts, rows, streams, sweep
 from retention_jax.evaluation.answers import Answers, behind_thoughts, seed_of
 from retention_jax.evaluation.streams import Streams
 from retention_jax.tasks import text_metrics
@@ -343,7 +343,7 @@ def test_prompts_of_one_block_are_in_memory_at_a_time(model, tok):
 def test_perplexity_is_of_all_tokens_together(model, tok, tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     config = EvalConfig(tasks=("perplexity",), seeds=3, examples=1, sources=(f"perplexity={tmp_path / 'text.txt'}",))
-    block = Streams(model, config, DataConfig(), "perplexity", 12, tok)
+    block = Streams(model, config, DataConfig(), "perplexity", 12, tok, streams.remembering(model))
     result = {"kv_bytes": 1, "seconds": 1.0, "peak_bytes": None, "made_by": ""}
     units = block.units("streaming", 4)
     row = block.row({unit: {**result, "scores": [x]} for unit, x in zip(units, (2.0, 4.0, 8.0), strict=True)})

@@ -37,6 +37,7 @@ LAYERS = (
     ("cache",),
     ("models", "data", "tasks"),
     ("decoding", "losses", "checkpoint"),
+    ("scoring",),
     ("metrics", "text_generation", "evaluation", "plots"),
     ("evaluate",),
     ("train", "prompt_files", "dilution", "dilution_plots", "report"),

@@ -11,24 +11,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from retention_jax import sharding
+from retention_jax import scoring, sharding
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig
 from retention_jax.data import pipeline
-from retention_jax.decoding import Scores, compile_score_stream
 from retention_jax.evaluation import devices
 from retention_jax.evaluation.journal import Result, Unit
 from retention_jax.evaluation.rows import Row, interval
-from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
+from retention_jax.scoring import Scores, StreamPrograms
 from retention_jax.tasks import perplexity, recall
 from retention_jax.tokenizer import Tokenizer
 
 TASKS = ("recall", "text", "perplexity")
 _METRICS = {"recall": "accuracy", "text": "bits_per_byte", "perplexity": "perplexity"}
 
-_LOGITS_BLOCK = 4096  # tokens whose vocabulary logits exist at one time, in the full cache's forward pass
+# Kinds of buffer whose programs are kept. Each maps some 650 pieces of memory on a CPU, and a process that has 65,530
+# dies in XLA's mmap.
+_PROGRAMS = 64
 
 
 def examples(
@@ -80,20 +81,6 @@ def bits_per_byte(log_prob: Float[np.ndarray, "n T_less_1"], label_mask: Bool[np
     return float(np.mean(-log_prob[label_mask[:, 1:]], dtype=np.float64) / np.log(2))
 
 
-@jax.jit
-def score_full(model: Decoder, tokens: Int[Array, "B T"]) -> Scores:
-    """The scores of `score_stream` with a cache that keeps everything: one forward pass, ordinary attention."""
-    hidden, _ = decoder.forward(model, tokens, jnp.ones_like(tokens), with_retention=False)
-
-    def one_token(token: tuple[Float[Array, " D"], Int[Array, ""]]) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        log_probs = jax.nn.log_softmax(decoder.unembed(model, token[0]))
-        return log_probs[token[1]], jnp.argmax(log_probs).astype(jnp.int32)
-
-    flat = (hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1))
-    by_row = lambda a: a.reshape(tokens.shape[0], tokens.shape[1] - 1)
-    return Scores(*map(by_row, jax.lax.map(one_token, flat, batch_size=_LOGITS_BLOCK)))
-
-
 class Scorer(NamedTuple):
     """A compiled program for sequences of one shape."""
 
@@ -101,7 +88,32 @@ class Scorer(NamedTuple):
     peak_bytes: int | None  # as in `Row`
 
 
-def compile_scorer(model: Decoder, tokens: Int[np.ndarray, "n T"], cache: CacheConfig | None) -> Scorer:
+_Compiled = tuple[StreamPrograms, list[jax.stages.Compiled]]
+CompileStream = Callable[[int, CacheConfig, int], _Compiled]  # of a batch, a buffer and a length
+
+
+def remembering(model: Decoder) -> CompileStream:
+    """`scoring.compile_stream` of a model, which compiles once what it is asked for again.
+
+    The first programs are kept, not the latest: cells come in the same order at every length.
+    """
+    kept: dict[tuple[int, CacheConfig, int], _Compiled] = {}
+
+    def compile_stream(batch: int, cache: CacheConfig, length: int) -> _Compiled:
+        key = batch, cache, length
+        if key in kept:
+            return kept[key]
+        made = scoring.compile_stream(model, *key)
+        if len(kept) < _PROGRAMS:
+            kept[key] = made
+        return made
+
+    return compile_stream
+
+
+def compile_scorer(
+    model: Decoder, tokens: Int[np.ndarray, "n T"], cache: CacheConfig | None, compile_stream: CompileStream
+) -> Scorer:
     """What scores such sequences. No cache: the full one.
 
     The last sequence is repeated where the mesh that the model is on needs more of them.
@@ -109,20 +121,22 @@ def compile_scorer(model: Decoder, tokens: Int[np.ndarray, "n T"], cache: CacheC
     n, T = tokens.shape
     batch = n + -n % devices.row_parts(model)
     filled = lambda rows: np.concatenate([rows, np.repeat(rows[-1:], batch - n, axis=0)])
-    asked = lambda scores: jax.tree.map(lambda a: sharding.on_host(a)[:n], scores)
     if cache is None:
         with sharding.enter_mesh_of(model):
-            full = score_full.lower(model, filled(tokens)).compile()
+            full = scoring.score_full.lower(model, filled(tokens)).compile()
+        asked = lambda scores: jax.tree.map(lambda a: sharding.on_host(a)[:n], scores)
         read_whole = lambda rows: (asked(full(model, filled(rows))), full_kv_bytes(model, T))
         return Scorer(read_whole, devices.program_bytes(full.memory_analysis()))
-    lengths = np.full(batch, T, np.int32)
-    streamed = compile_score_stream(model, filled(tokens), cache, lengths)
+    # Only the oracle's programs are of one length.
+    programs, compiled = compile_stream(batch, cache, T if cache.policy == "oracle" else cache.recent)
 
     def score(rows: Int[np.ndarray, "n T"]) -> tuple[Scores, int]:
-        scores, buffer = streamed(model, filled(rows), lengths)
-        return asked(scores), buffer.nbytes // batch
+        with sharding.enter_mesh_of(model):
+            chunks, buffer = programs.read(model, filled(rows), np.full(batch, T, np.int32))
+        together = lambda parts: np.concatenate([sharding.on_host(part)[:n] for part in parts], axis=1)[:, : T - 1]
+        return Scores(*map(together, zip(*chunks, strict=True))), buffer.nbytes // batch
 
-    return Scorer(score, devices.program_bytes(streamed.memory_analysis()))
+    return Scorer(score, devices.most(devices.program_bytes(program.memory_analysis()) for program in compiled))
 
 
 def full_kv_bytes(model: Decoder, length: int) -> int:
@@ -142,8 +156,10 @@ class Streams:
         task: str,
         length: int,
         tokenizer: Tokenizer | None,
+        compile_stream: CompileStream,
     ) -> None:
         """Raises ValueError as `examples` does, and when the model's vocabulary is too small."""
+        self.compile_stream = compile_stream
         self.task, self.length, self.config, self.model = task, length, config, model
         self.tokens, self.label_mask = examples(task, config, data, length, tokenizer)
         if self.tokens.max() >= model.config.vocab_size:
@@ -170,14 +186,14 @@ class Streams:
 
         def compiled(cell: tuple[str, int]) -> Scorer:
             cache = None if cell[0] == "full" else cache_of(*cell, self.length)
-            return compile_scorer(self.model, self.tokens[0], cache)
+            return compile_scorer(self.model, self.tokens[0], cache, self.compile_stream)
 
         # Compiling takes longer than running for a small model, and uses one core: as many cells as there are cores
         # compile at once, and then run by themselves, so that their speed is their own.
         cores = os.cpu_count() or 1
         with concurrent.futures.ThreadPoolExecutor(cores) as pool:
             for first in range(0, len(cells), cores):
-                jax.clear_caches()  # programs map memory, and after some hundred XLA dies in mmap
+                jax.clear_caches()  # of what was compiled on the way
                 group = list(cells)[first : first + cores]
                 for cell, scorer in zip(group, list(pool.map(compiled, group)), strict=True):
                     for unit in cells[cell]:

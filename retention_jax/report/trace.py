@@ -73,7 +73,7 @@ def _read(
 def record(
     model: Decoder, tokens: Int[np.ndarray, " T"], cache: CacheConfig, *, names: list[str], title: str, policy: str
 ) -> Trace:
-    """Reads one sequence in chunks of R tokens, evicting after each, as `decoding.score_stream` does.
+    """Reads one sequence in chunks of R tokens, evicting after each, as `scoring.score_stream` does.
 
     Args:
       model: backbone and gates.
