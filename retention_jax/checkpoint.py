@@ -18,7 +18,7 @@ from absl import logging
 from flax import nnx
 from jaxtyping import Array, Int
 
-from retention_jax import config_io, distributed, files
+from retention_jax import checksum, config_io, distributed, files
 from retention_jax.config import TrainConfig
 
 
@@ -41,10 +41,16 @@ def open_manager(workdir: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
 
 def save(manager: ocp.CheckpointManager, state: TrainState, data_state: dict[str, Any]) -> None:
     """Starts writing a checkpoint of the current step; returns as soon as the arrays are copied."""
+    data = {"state": data_state, "checksum": _checksum(state, data_state)}
     manager.save(
         int(state.step),
-        args=ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(data_state)),
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(data)),
     )
+
+
+def _checksum(state: TrainState, data_state: Any) -> str:
+    """Not every file that Orbax writes has one: a wrong byte in an array would go unnoticed."""
+    return checksum.of(state, json.dumps(data_state, sort_keys=True))
 
 
 def restore_latest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -62,16 +68,19 @@ def restore_latest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
     damaged: dict[pathlib.Path, str] = {}
     for step in steps:
         where = pathlib.Path(manager.directory) / str(step)
-        restored, problem = distributed.together(functools.partial(_restore, where, like))
+        read, problem = distributed.together(functools.partial(_restore, where, like))
         problem = next((p for p in distributed.gather(problem) if p), "")
-        if restored is not None and not problem:
-            for path, reason in damaged.items():
-                if jax.process_index() == 0:
-                    logging.warning("%s: damaged, going on from %s instead: %s", path, where.name, reason)
-                    _set_aside(path)
-            distributed.gather("")  # the others go on when it is done
-            manager.reload()
-            return restored
+        if read is not None and not problem:
+            state, data = read
+            if _checksum(state, data.get("state")) == data.get("checksum"):
+                for path, reason in damaged.items():
+                    if jax.process_index() == 0:
+                        logging.warning("%s: damaged, going on from %s instead: %s", path, where.name, reason)
+                        _set_aside(path)
+                distributed.gather("")  # the others go on when it is done
+                manager.reload()
+                return state, data["state"]
+            problem = "what it holds is not what was saved"
         damaged[where] = problem
     if damaged:
         raise ValueError("; ".join(f"{path}: damaged: {reason}" for path, reason in damaged.items()))
@@ -85,7 +94,7 @@ def _set_aside(path: pathlib.Path) -> None:
 
 
 def _restore(where: pathlib.Path, like: TrainState) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
-    """A checkpoint and "", or None and what this process finds damaged. Waits for no other process.
+    """A checkpoint as `save` wrote it and "", or None and what this process finds damaged. Waits for no other process.
 
     Raises:
       ValueError: when it is of another model.
@@ -115,20 +124,21 @@ def _restore(where: pathlib.Path, like: TrainState) -> tuple[tuple[TrainState, d
             return None, _damage(error)
 
 
-# How TensorStore, whose errors are ValueErrors, begins what it says of files that are missing, cut off or garbled. With
-# UNKNOWN it tells of I/O errors, with RESOURCE_EXHAUSTED, UNAVAILABLE, PERMISSION_DENIED of what they say.
-_DAMAGED = re.compile("(NOT_FOUND|OUT_OF_RANGE|DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT): ")
+# What reading a garbled file raises: TensorStore a ValueError, whose text begins with a code, or with none where it
+# cannot decode; Orbax whatever its Python meets in a file of JSON. By other codes TensorStore tells of what is around a
+# file: UNKNOWN of I/O errors, RESOURCE_EXHAUSTED, UNAVAILABLE, PERMISSION_DENIED of what they say.
+_GARBLED = (ValueError, LookupError, TypeError, AttributeError, AssertionError, NotImplementedError, FileNotFoundError)
+_AROUND = re.compile("(?!NOT_FOUND|OUT_OF_RANGE|DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT)[A-Z_]+: ")
 
 
 def _damage(error: Exception) -> str:
     """What an error while reading says if a file is missing, cut off or garbled; raises any other error as it is."""
     cause: BaseException | None = error
     while cause is not None:  # Orbax wraps what TensorStore says of an array
-        garbled = isinstance(cause, ValueError) and _DAMAGED.match(str(cause))
-        if garbled or isinstance(cause, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError):
-            return f"{type(error).__name__}: {error}"
+        if not isinstance(cause, _GARBLED) or _AROUND.match(str(cause)):
+            raise error
         cause = cause.__cause__
-    raise error
+    return f"{type(error).__name__}: {error}"
 
 
 def _shapes_of_saved(handler: ocp.StandardCheckpointHandler, where: pathlib.Path) -> dict[str, tuple[int, ...]]:

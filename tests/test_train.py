@@ -1,12 +1,10 @@
 """Training: the same numbers however it is cut, interrupted or run again; every bad set-up one clear error."""
 
 import dataclasses
-import gc
 import json
 import os
 import pathlib
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -298,78 +296,17 @@ def test_foreign_checkpoints_are_refused(folders, tmp_path):
         train.train(wider, tmp_path / "a")
 
 
-def damage(checkpoint_folder: pathlib.Path, how: str) -> None:
-    """Cuts every array's file in half, or flips its bytes, or takes the data position away."""
-    if how == "position":
-        (checkpoint_folder / "data" / "metadata").write_text("{")
-        return
-    arrays = [p for p in (checkpoint_folder / "state").rglob("*") if p.parent.name == "d"]
-    assert arrays
-    for path in arrays:
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2] if how == "half" else bytes(255 - b for b in whole))
-
-
-# Orbax leaves reads and writes running that complain when they are collected.
+# Orbax leaves reads running that complain when they are collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("how", ("half", "flipped", "position"))
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(folders, tmp_path, how, caplog):
+def test_a_damaged_checkpoint_is_fallen_back_from_and_the_run_ends_the_same(folders, tmp_path, caplog):
     config = config_of(folders)
     whole = train.train(config, tmp_path)  # saves 4 and 6
-    damage(tmp_path / "checkpoints" / "6", how)
+    for path in (tmp_path / "checkpoints" / "6" / "state").rglob("*"):
+        if path.parent.name == "d":
+            path.write_bytes(bytes(255 - b for b in path.read_bytes()))
     assert same(gates_of(train.train(config, tmp_path)), gates_of(whole))
     assert "checkpoints/6: damaged, going on from 4 instead" in caplog.text
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"4", "6", "6.damaged"}
-    damage(tmp_path / "checkpoints" / "6", how)
-    damage(tmp_path / "checkpoints" / "4", how)
-    with pytest.raises(ValueError, match=r"(?s)checkpoints/6: damaged: .*checkpoints/4: damaged: "):
-        train.train(config, tmp_path)
-    gc.collect()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize(
-    "where, told", (("array_metadatas", "Too many levels"), ("ocdbt.process_0/d", "reading array"))
-)
-def test_a_disk_that_fails_is_no_damage(tmp_path, where, told):
-    """An error of the file system, met by Orbax's Python and by TensorStore: nothing is set aside."""
-    gates = nnx.state(helpers.tiny_model(GateConfig(width=32)), GateParam)
-    state = checkpoint.TrainState(gates, train.make_optimizer(OptimizerConfig(), 200).init(gates), jnp.int32(4))
-    with checkpoint.open_manager(tmp_path, keep=2) as manager:
-        checkpoint.save(manager, state, {"at": 4})
-        manager.wait_until_finished()
-        files = (p for p in (tmp_path / "checkpoints" / "4" / "state" / where).rglob("*") if p.is_file())
-        path = max(files, key=lambda p: p.stat().st_size)  # the other ones of `d` are old or small
-        content = path.read_bytes()
-        path.unlink()
-        path.symlink_to(path.name)  # reading it fails for a reason that says nothing of what is in it
-        with pytest.raises(Exception, match=told):
-            checkpoint.restore_latest(manager, state)
-        path.unlink()
-        path.write_bytes(content)
-        assert same(checkpoint.restore_latest(manager, state), (state, {"at": 4}))
-    gc.collect()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_loses_nothing_that_was_saved(folders, tmp_path):
-    config = config_of(folders, steps=4)
-    whole = train.train(config, tmp_path)
-    (tmp_path / "config.json").unlink()
-    free = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with checkpoint.open_manager(tmp_path, keep=1) as manager:
-        model = train.make_model(config)
-        like = train.fresh_state(nnx.state(model, GateParam), train.make_optimizer(config.optimizer, config.steps))
-        restored = checkpoint.restore_latest(manager, like)
-        assert restored is not None
-        resource.setrlimit(resource.RLIMIT_FSIZE, (256, free[1]))  # no file may grow beyond it
-        try:
-            with pytest.raises(Exception, match="(?i)too large|space|write"):
-                checkpoint.save(manager, restored[0]._replace(step=jnp.int32(5)), restored[1])
-                manager.wait_until_finished()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, free)
-    assert same(gates_of(train.train(config, tmp_path)), gates_of(whole))
     gc.collect()
 
 

@@ -26,6 +26,7 @@ LAYERS = (
         "files",
         "program_cache",
         "sharding",
+        "checksum",
         "distributed",
         "tokenizer",
         "templates",

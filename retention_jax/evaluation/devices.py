@@ -1,16 +1,12 @@
 """What devices tell: memory, time spent compiling, and whether a model is this process's alone."""
 
 import functools
-import hashlib
 from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Shaped, UInt32
 
-from retention_jax import sharding
+from retention_jax import checksum, sharding
 from retention_jax.models.decoder import Decoder
 
 
@@ -51,22 +47,7 @@ def row_parts(model: Decoder) -> int:
 
 def digest(model: Decoder) -> str:
     """A short name of all weights, gates and settings of a model; the same however it is laid out on devices."""
-    arrays = [array for array in jax.tree.leaves(model) if isinstance(array, jax.Array)]
-    told = hashlib.sha256(repr(model.config).encode())
-    for array in arrays:
-        told.update(f"{array.shape} {array.dtype} {int(sharding.on_host(_checksum(array)))};".encode())
-    return told.hexdigest()[:16]
-
-
-@jax.jit
-def _checksum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-    """The sum of all entries' bits, each times an odd number of its own: exact, so in any order the same."""
-    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(array, words).astype(jnp.uint32)
-    place = jnp.zeros(array.shape, jnp.uint32)
-    for axis, size in enumerate(array.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    return jnp.sum(bits * ((place * np.uint32(0x9E3779B1)) | np.uint32(1)), dtype=jnp.uint32)
+    return checksum.of(model, repr(model.config))
 
 
 @functools.cache
