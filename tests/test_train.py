@@ -1,6 +1,7 @@
 """Training: the same numbers however it is cut, interrupted or run again; every bad set-up one clear error."""
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
