@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from retention_jax.kernels import slot_shards
 from retention_jax.kernels.blocks import LANES, VMEM_LIMIT, BufferBlocks, buffer_blocks, registers
 from retention_jax.kernels.buffer_attention_xla import Window
 from retention_jax.kernels.partial_softmax import Partial
@@ -191,7 +192,8 @@ def buffer_attention(
 
     Sums are float32, matrix products take the inputs' dtype. A pool whose slots are no multiple of 128 is copied first,
     and a layer's recent windows where their tokens are no multiple of 16, nor of 512 where there are more. `blocks` are
-    chosen by size where not given. The compiler is told a cost as if the layers shared the pool evenly.
+    chosen by size where not given. The compiler is told a cost as if the layers shared the pool evenly, and
+    slot shards the recent windows.
 
     Raises:
       ValueError: if q, keys and values are not all float32 or all bfloat16, or if a sequence's heads do not fit VMEM.
@@ -237,9 +239,11 @@ def buffer_attention(
     columns = registers(Q, q.dtype, LANES)
     varying = jax.typeof(queries).manual_axis_type
     result = lambda *shape: jax.ShapeDtypeStruct((B * tiles, K, *shape), jnp.float32, manual_axis_type=varying)
-    share = 1 / (L * K)  # of the pool, for each head
-    logits = int(B * tiles * blocks.tokens * N * (share * S + R))
-    held = sum(a.size * a.dtype.itemsize for a in (*pool, recent_k, recent_v)) // L
+    # Each head's share of the pool, and this shard's of the recent windows, in which it reads `recent_range`.
+    in_pool, in_window = 1 / (L * K), 1 / slot_shards.count()
+    logits = int(B * tiles * blocks.tokens * N * (in_pool * S + in_window * R))
+    size = lambda arrays: sum(a.size * a.dtype.itemsize for a in arrays)
+    held = int(size(pool) + in_window * size((recent_k, recent_v))) // L
     out, lse = pl.pallas_call(
         partial(_kernel, sizes=sizes),
         (result(Q, H), result(1, columns)),
