@@ -198,6 +198,8 @@ class _Counter:
                 self._add_cheapest(branches, times, loop, fused=fused)
             elif i.opcode == "call":
                 self.run(str(i.called("to_apply")), times, loop, fused=fused)
+            elif i.opcode == "async-start" and (inner := i.called("calls")):
+                self.run(inner, times, loop, fused=fused)
             else:
                 if inner := i.called("calls"):
                     self.run(inner, times, loop, fused=True)
@@ -237,10 +239,12 @@ class _Counter:
             return estimated
         read = [nbytes(within[name].result) if name in within else 0 for name in i.operands]
         written = nbytes(i.result)
+        if i.opcode == "copy-start":  # hands on (result, operand, context)
+            return read[0] + nbytes(_elements(i.result)[0])
         if i.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * written
+            return (nbytes(i.result, on_chip=True) if read[0] else 0) + written
         if i.opcode == "dynamic-update-slice":
-            return 2 * read[1]
+            return read[1] + (nbytes(within[i.operands[1]].result, on_chip=True) if written else 0)
         if i.opcode == "fusion":
             inner = self.computations[str(i.called("calls"))]
             for parameter in (p for p in inner.values() if p.opcode == "parameter"):

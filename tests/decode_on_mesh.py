@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # before jax is imported: no TPU is looked for, and several compilers may run at once
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ.setdefault("RETENTION_JAX_KERNELS", "tpu")
 
 import jax
 import jax.numpy as jnp

@@ -126,7 +126,9 @@ def main(topology: str) -> None:
         memory, text = compiled.memory_analysis(), compiled.as_text()
         assert memory is not None and text is not None
         kernels = sorted(set(re.findall(r"%([a-z_]+)[.\d]* = [^\n]* custom-call\(", text)))
-        line = dict(program=name, writes=large_writes(compiled, elements, **how), kernels=kernels)
+        line: dict[str, Any] = dict(program=name, writes=large_writes(compiled, elements, **how), kernels=kernels)
+        window = ",".join(map(str, lowered.in_avals[0][3].recent.k.shape))
+        line |= dict(windows_on_chip=len(re.findall(rf"bf16\[{window}\]{{[^}}]*S\(1\)}}", text)))
         print(json.dumps(line | dict(temporaries=memory.temp_size_in_bytes)), flush=True)
 
     # More than fits in vector memory, as real pools and windows are; a layer's windows are larger than the positions.
@@ -134,6 +136,10 @@ def main(topology: str) -> None:
         for name, config in (("step", model), ("sliding step", sliding)):
             args = arguments(config, budget=2**17, batch=2, recent=2**16)
             report(name, lower_step(*args, place=place), args[3].pool.pos.size)
+        # Windows that fit in vector memory, of which each layer reads its own, and weights that take their time.
+        roomy = dataclasses.replace(model, width=2048, mlp_width=8192, num_layers=16)
+        args = arguments(roomy, budget=2**12, batch=4, recent=2**8)
+        report("step with room", lower_step(*args, place=place), args[3].pool.pos.size)
         args = arguments(model, budget=2**17, batch=2)
         # Not what the compiler does for evictions before their loop.
         report("run", lower_run(*args, place=place), args[3].pool.pos.size, inside="tokens")

@@ -86,6 +86,29 @@ def test_collectives_that_the_compiler_combined_count_with_all_their_arrays():
     }
 
 
+MOVED = """
+%slicing (p: f32[9,8]) -> f32[2,8] {
+  %p = f32[9,8]{1,0} parameter(0)
+  ROOT %s = f32[2,8]{1,0:S(1)} slice(%p), slice={[0:2], [0:8]}
+}
+
+ENTRY %main (a: f32[9,8]) -> f32[9,8] {
+  %a = f32[9,8]{1,0} parameter(0)
+  %copying = (f32[9,8]{1,0:S(1)}, f32[9,8]{1,0}, u32[]{:S(2)}) copy-start(%a)
+  %copied = f32[9,8]{1,0:S(1)} copy-done(%copying)
+  %slicing_it = ((f32[9,8]{1,0}), f32[2,8]{1,0:S(1)}, s32[]{:S(2)}) async-start(%a), calls=%slicing
+  %sliced = f32[2,8]{1,0:S(1)} async-done(%slicing_it)
+  %again = f32[3,8]{1,0:S(1)} slice(%copied), slice={[0:3], [0:8]}
+  ROOT %put = f32[9,8]{1,0} dynamic-update-slice(%a, %again)
+}
+"""
+
+
+def test_what_goes_on_the_chip_is_read_once_and_what_stays_there_is_free():
+    whole, two, three = (4 * 8 * rows for rows in (9, 2, 3))
+    assert hlo.cost(MOVED).bytes == whole + two + three  # into on-chip memory; a part of it; back into HBM
+
+
 def test_collectives_are_counted_with_their_bytes():
     mesh = sharding.make_mesh(fsdp=8)
     place = lambda *spec: jax.sharding.NamedSharding(mesh, sharding.P(*spec))

@@ -82,8 +82,11 @@ def test_the_same_on_tpu_with_its_kernels():
     assert run.returncode == 0, run.stderr[-4000:]
     reports = {(r := json.loads(line))["program"]: r for line in run.stdout.splitlines() if line.startswith("{")}
     print(reports)
-    assert set(reports) == {"step", "sliding step", "run", "chunk"}
-    for name in ("step", "sliding step"):
+    assert set(reports) == {"step", "sliding step", "step with room", "run", "chunk"}
+    assert not any(
+        report["windows_on_chip"] for report in reports.values()
+    )  # each layer reads its own, from where it is
+    for name in ("step", "sliding step", "step with room"):
         # A new token's key and value are written into the recent windows where they are: no window is copied.
         assert [write.split()[0] for write in reports[name]["writes"]] == ["dynamic-update-slice"] * 2
         assert reports[name]["temporaries"] < 2**20

@@ -2,9 +2,10 @@
 
 The time is the larger of operations over the chip's peak and bytes over its bandwidth: a floor, not a simulation. What
 a kernel costs is what its `pl.CostEstimate` says. Loops whose length depends on data are counted once, and told. A
-program that sorts gets no time: how many passes a bitonic network has is known, how many of them go through HBM is not.
+program that sorts much gets no time: how many passes a bitonic network has is known, how many go through HBM is not.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -30,13 +31,19 @@ class Peaks(NamedTuple):
 _SORT = re.compile(r"= \(?\w+\[([\d,]+)\].* (?:sort|topk)\(.*?(?:dimensions={(\d+)}|$)", re.MULTILINE)
 
 
-def _sorts(text: str) -> list[str]:
-    """What is known of each sort of a program: a bitonic network of 2^p numbers has p (p + 1) / 2 passes."""
+def _sorts(text: str, negligible: float) -> list[str]:
+    """What is known of each sort of a program: a bitonic network of 2^p numbers has p (p + 1) / 2 passes.
+
+    Without those that would move fewer than `negligible` bytes if all passes of a value and an index went through HBM.
+    """
     told = []
     for shape, axis in _SORT.findall(text):
-        length = [*map(int, shape.split(","))][int(axis or -1)]
+        sizes = [*map(int, shape.split(","))]
+        length = sizes[int(axis or -1)]
         p = (length - 1).bit_length()
-        told.append(f"no time: a sort of {length:,}, {p * (p + 1) // 2} passes of a bitonic network")
+        passes = p * (p + 1) // 2
+        if passes * 2 * 8 * math.prod(sizes) > negligible:
+            told.append(f"no time: a sort of {length:,}, {passes} passes of a bitonic network")
     return told
 
 
@@ -62,9 +69,9 @@ def estimate(
             yield case.labels | {"note": "does not fit"}
             continue
         cost, memory = hlo.cost(text), memory_use(compiled)
-        sorts = _sorts(text)
         loops = [f"{cost.unknown_loops} loops counted once"] if cost.unknown_loops else []
         seconds = max(cost.flops / peaks.flops, cost.bytes / peaks.bandwidth)
+        sorts = _sorts(text, peaks.bandwidth * seconds / 100)
         least = max(case.work.flops / peaks.flops, case.work.bytes / peaks.bandwidth)
         time: Row = {
             "milliseconds": 1e3 * seconds,

@@ -175,6 +175,7 @@ def _add(
     s.acc[...] = s.acc[...] * shrink + weighted(p, values)
 
 
+@partial(jax.jit, static_argnames="blocks", inline=True)  # a constraint on an operand's place cannot run eagerly
 def buffer_attention(
     q: Float[Array, "B T N H"],
     *,
@@ -220,6 +221,8 @@ def buffer_attention(
     if R % blocks.recent:
         one = lambda a: lax.dynamic_index_in_dim(a, layer, axis=1)
         recent, layer = tuple(pad(one(a), 3, blocks.recent) for a in recent), jnp.int32(0)
+    # Else the compiler, given room, copies the windows of all layers into VMEM for each layer.
+    pool, recent = (tuple(pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in of) for of in (pool, recent))
     nothing = jnp.zeros(B, jnp.int32)
     oldest, recent_pos = nothing, nothing
     if window is not None:
