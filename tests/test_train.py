@@ -216,8 +216,10 @@ def start(folders, workdir: pathlib.Path) -> subprocess.Popen:
     }
     command = [sys.executable, "-m", "retention_jax.train", "--config=configs/recall.py", f"--workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in flags.items()]
+    # A second start need not compile again.
+    env = helpers.environment(JAX_ENABLE_COMPILATION_CACHE="true", XDG_CACHE_HOME=str(workdir.parent / "cache"))
     with workdir.with_suffix(".log").open("a") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=helpers.environment())
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env)
 
 
 @pytest.mark.slow

@@ -21,8 +21,7 @@ ATTENTION = ("forward", "dq", "dkv")
 @pytest.mark.parametrize(
     "topology, name",
     [
-        ("v6e:2x2", "qwen3_4b"),
-        pytest.param("v6e:2x2", "qwen3_14b", marks=pytest.mark.slow),
+        ("v6e:2x2", "qwen3_14b"),
         pytest.param("v5e:2x2", "llama_1b", marks=pytest.mark.slow),
         pytest.param("v5p:2x2x1", "phi3_mini", marks=pytest.mark.slow),
         pytest.param("tpu7x:2x2x1", "gemma2_9b", marks=pytest.mark.slow),

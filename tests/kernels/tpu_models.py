@@ -16,7 +16,6 @@ class Model(NamedTuple):
 
 
 MODELS = {
-    "qwen3_4b": Model(36, 32, 8, 128),
     "qwen3_14b": Model(40, 40, 8, 128),
     "phi3_mini": Model(32, 32, 32, 96, budget=1024, sliding=True, local=True),
     "llama_1b": Model(16, 32, 8, 64),
