@@ -115,7 +115,9 @@ def test_an_array_that_is_not_what_was_saved_is_damaged(workdir, monkeypatch):
     read = checkpoint._restore
 
     def with_one_bit_changed(where, like):
-        (state, data), problem = read(where, like)
+        found, problem = read(where, like)
+        assert found is not None
+        state, data = found
         leaves, structure = jax.tree.flatten(state)
         one = np.asarray(leaves[0]).copy()
         one.reshape(-1).view(np.uint32)[-1] ^= 1

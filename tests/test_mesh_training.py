@@ -24,6 +24,8 @@ from retention_jax.kernels import ops
 from retention_jax.models import weights
 from retention_jax.models.gate import GateParam
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

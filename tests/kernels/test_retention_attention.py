@@ -22,6 +22,8 @@ from retention_jax.kernels import (
     triton_blocks,
 )
 
+pytestmark = pytest.mark.slow
+
 # Blocks so small that 300 tokens are three of them, the last one not full.
 TPU = partial(retention_attention_tpu.retention_attention, blocks=blocks.AttentionBlocks(tokens=128, stripe=128))
 TRITON = partial(
