@@ -153,7 +153,7 @@ def message(rows: Sequence[Row]) -> str:
     first = max((row for row in evicting if row.policy == evicting[0].policy), key=lambda row: row.budget)
     who = f"{first.policy.replace('_', ' ')} with {first.budget} of {length} entries"
     if full is None:
-        return f"{where}: {who}"
+        return f"{where}: {who}\n{named(first.metric)}: {number(first.metric, first.score)}"
     if first.low <= full.high and full.low <= first.high:
         return f"{where}: {who} is level with the full cache"
     verb = "beats" if (first.score < full.score) == fewer_is_better else "falls short of"

@@ -29,6 +29,11 @@ def test_title_says_what_the_longest_rows_show(full, wanted):
     assert plots.message(longest + others) == f"recall at 768 tokens: {wanted}"
 
 
+def test_title_without_a_full_cache_is_the_score_itself():
+    wanted = "recall at 768 tokens: retention with 48 of 768 entries\n% of answers right: 75.0"
+    assert plots.message([row(), row(policy="random", score=0.2)]) == wanted
+
+
 def test_title_knows_that_fewer_bits_are_better():
     text = row(task="text", metric="bits_per_byte")
     rows = [
