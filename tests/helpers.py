@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,6 +19,11 @@ from retention_jax.model_config import ModelConfig
 from retention_jax.models import gate_files
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
+
+
+def same(a, b) -> bool:
+    """Whether the arrays of two trees are equal, one by one."""
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Checkpoints: whatever happens to a file of one, what is read is what was saved, or the one before, and it is told."""
 
+import functools
 import gc
 import json
 import os
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import same
 
 from retention_jax import checkpoint, train
 from retention_jax.checkpoint import TrainState
@@ -30,17 +32,11 @@ def collected():
     gc.collect()
 
 
+@functools.cache
 def state_at(step: int) -> TrainState:
     gates = nnx.state(helpers.tiny_model(GateConfig(width=32)), GateParam)
     moments = train.make_optimizer(OptimizerConfig(), 200).init(gates)
     return TrainState(jax.tree.map(lambda a: a + step, gates), moments, jnp.int32(step))
-
-
-STATES = {step: state_at(step) for step in (1, 2)}
-
-
-def same(a, b) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def restored(workdir: pathlib.Path):
@@ -52,8 +48,8 @@ def restored(workdir: pathlib.Path):
 def workdir(tmp_path):
     """With checkpoints of steps 1 and 2."""
     with checkpoint.open_manager(tmp_path, keep=2) as manager:
-        for step, state in STATES.items():
-            checkpoint.save(manager, state, {"at": step})
+        for step in (1, 2):
+            checkpoint.save(manager, state_at(step), {"at": step})
     return tmp_path
 
 
@@ -78,12 +74,12 @@ def damage(folder: pathlib.Path, how: str) -> None:
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(workdir, how, caplog):
     folder = workdir / "checkpoints"
     damage(folder / "2", how)
-    assert same(restored(workdir), (STATES[1], {"at": 1}))
+    assert same(restored(workdir), (state_at(1), {"at": 1}))
     assert "checkpoints/2: damaged, going on from 1 instead" in caplog.text
     assert {p.name for p in folder.iterdir()} == {"1", "2.damaged"}
     with checkpoint.open_manager(workdir, keep=2) as manager:
-        checkpoint.save(manager, STATES[2], {"at": 2})
-    assert same(restored(workdir), (STATES[2], {"at": 2}))
+        checkpoint.save(manager, state_at(2), {"at": 2})
+    assert same(restored(workdir), (state_at(2), {"at": 2}))
     damage(folder / "2", how)
     damage(folder / "1", how)
     with pytest.raises(ValueError, match=r"(?s)checkpoints/2: damaged: .*checkpoints/1: damaged: "):
@@ -102,7 +98,7 @@ def test_one_wrong_byte_never_goes_unnoticed(workdir, caplog):
         found = restored(workdir)
         assert found is not None
         step = found[1]["at"]
-        assert same(found, (STATES[step], {"at": step})), file
+        assert same(found, (state_at(step), {"at": step})), file
         noticed += [file] * (step == 1)
         for folder in (newest, newest.with_name("2.damaged")):
             shutil.rmtree(folder, ignore_errors=True)
@@ -125,7 +121,7 @@ def test_an_array_that_is_not_what_was_saved_is_damaged(workdir, monkeypatch):
         return (changed if where.name == "2" else state, data), problem
 
     monkeypatch.setattr(checkpoint, "_restore", with_one_bit_changed)
-    assert same(restored(workdir), (STATES[1], {"at": 1}))
+    assert same(restored(workdir), (state_at(1), {"at": 1}))
 
 
 @pytest.mark.parametrize(
@@ -142,19 +138,19 @@ def test_a_disk_that_fails_is_no_damage(workdir, where, told):
         restored(workdir)
     path.unlink()
     path.write_bytes(content)
-    assert same(restored(workdir), (STATES[2], {"at": 2}))
+    assert same(restored(workdir), (state_at(2), {"at": 2}))
 
 
 def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
     free = resource.getrlimit(resource.RLIMIT_FSIZE)
     with checkpoint.open_manager(tmp_path, keep=1) as manager:
-        checkpoint.save(manager, STATES[1], {"at": 1})
+        checkpoint.save(manager, state_at(1), {"at": 1})
         manager.wait_until_finished()
         resource.setrlimit(resource.RLIMIT_FSIZE, (256, free[1]))  # no file may grow beyond it
         try:
             with pytest.raises(Exception, match="(?i)too large|space|write"):
-                checkpoint.save(manager, STATES[2], {"at": 2})
+                checkpoint.save(manager, state_at(2), {"at": 2})
                 manager.wait_until_finished()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, free)
-    assert same(restored(tmp_path), (STATES[1], {"at": 1}))
+    assert same(restored(tmp_path), (state_at(1), {"at": 1}))

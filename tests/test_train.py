@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import same
 
 from retention_jax import checkpoint, distributed, train
 from retention_jax.config import (
@@ -65,10 +66,6 @@ def config_of(folders, **changes) -> TrainConfig:
 
 def gates_of(model):
     return jax.tree.leaves(nnx.state(model, GateParam))
-
-
-def same(a, b) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def metrics_of(workdir) -> list[dict]:
