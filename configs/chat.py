@@ -22,11 +22,12 @@ token, and rows are 98.7 % full. No evaluation runs at the end.
 
 from ml_collections import ConfigDict
 
-from retention_jax import config, config_io
+from retention_jax import config
+from retention_jax.config import conversion
 
 
 def get_config() -> ConfigDict:
-    return config_io.to_config_dict(
+    return conversion.to_config_dict(
         config.TrainConfig(
             stage="gates",
             backbone="MODEL",

@@ -15,7 +15,8 @@ Qwen2.5-7B on RULER at 4K, and arXiv 2601.07891 Llama-3.1-8B.
 
 from ml_collections import ConfigDict
 
-from retention_jax import config, config_io
+from retention_jax import config
+from retention_jax.config import conversion
 
 MODELS = {"qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct", "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct"}
 
@@ -23,7 +24,7 @@ MODELS = {"qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct", "llama3.1-8b": "meta-llama/L
 def get_config(model: str = "llama3.1-8b") -> ConfigDict:
     if model not in MODELS:
         raise ValueError(f"configs/instruct.py:MODEL must have one of {', '.join(MODELS)}, got {model!r}")
-    return config_io.to_config_dict(
+    return conversion.to_config_dict(
         config.TrainConfig(
             stage="gates",
             backbone=MODELS[model],

@@ -15,11 +15,12 @@ Expected on LongBench v2, average accuracy in %: 34.09 with 6,000 kept entries, 
 
 from ml_collections import ConfigDict
 
-from retention_jax import config, config_io
+from retention_jax import config
+from retention_jax.config import conversion
 
 
 def get_config() -> ConfigDict:
-    return config_io.to_config_dict(
+    return conversion.to_config_dict(
         config.TrainConfig(
             stage="gates",
             backbone="microsoft/Phi-3-mini-128k-instruct",

@@ -18,11 +18,12 @@ Expected on RULER at 4K, in % over four tasks at 128, 256, 512, 1024 kept entrie
 
 from ml_collections import ConfigDict
 
-from retention_jax import config, config_io
+from retention_jax import config
+from retention_jax.config import conversion
 
 
 def get_config() -> ConfigDict:
-    return config_io.to_config_dict(
+    return conversion.to_config_dict(
         config.TrainConfig(
             stage="gates",
             backbone="Qwen/Qwen3-4B-Instruct-2507",

@@ -21,7 +21,8 @@ its figures, about 1.5 points uncertain). Released gates of this kind exist for 
 
 from ml_collections import ConfigDict
 
-from retention_jax import config, config_io
+from retention_jax import config
+from retention_jax.config import conversion
 
 MODELS = {"1.7b": "Qwen/Qwen3-1.7B", "4b": "Qwen/Qwen3-4B", "8b": "Qwen/Qwen3-8B", "14b": "Qwen/Qwen3-14B"}
 
@@ -29,7 +30,7 @@ MODELS = {"1.7b": "Qwen/Qwen3-1.7B", "4b": "Qwen/Qwen3-4B", "8b": "Qwen/Qwen3-8B
 def get_config(size: str = "4b") -> ConfigDict:
     if size not in MODELS:
         raise ValueError(f"configs/qwen3_math.py:SIZE must have one of {', '.join(MODELS)}, got {size!r}")
-    return config_io.to_config_dict(
+    return conversion.to_config_dict(
         config.TrainConfig(
             stage="gates",
             backbone=MODELS[size],

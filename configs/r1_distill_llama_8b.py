@@ -16,11 +16,12 @@ entries (arXiv 2512.03324, read off a figure); nothing is published for this mod
 
 from ml_collections import ConfigDict
 
-from retention_jax import config, config_io
+from retention_jax import config
+from retention_jax.config import conversion
 
 
 def get_config() -> ConfigDict:
-    return config_io.to_config_dict(
+    return conversion.to_config_dict(
         config.TrainConfig(
             stage="gates",
             backbone="deepseek-ai/DeepSeek-R1-Distill-Llama-8B",

@@ -14,15 +14,16 @@ Expected: 99.8 % of answers right at 192 tokens and 69 % at 768, with 40 % decoy
 
 from ml_collections import ConfigDict
 
-from retention_jax import config, config_io, model_config
-from retention_jax.tasks import recall
+from retention_jax import config
+from retention_jax.config import conversion
+from retention_jax.data import recall
 
 
 def get_config() -> ConfigDict:
-    return config_io.to_config_dict(
+    return conversion.to_config_dict(
         config.TrainConfig(
             stage="backbone",
-            model=model_config.ModelConfig(
+            model=config.ModelConfig(
                 vocab_size=recall.VOCAB_SIZE,
                 num_layers=2,
                 width=96,

@@ -10,15 +10,16 @@ Expected on WikiText-2 (its validation file): see the table in README.md.
 
 from ml_collections import ConfigDict
 
-from retention_jax import config, config_io, model_config
+from retention_jax import config
+from retention_jax.config import conversion
 from retention_jax.data import builders
 
 
 def get_config() -> ConfigDict:
-    return config_io.to_config_dict(
+    return conversion.to_config_dict(
         config.TrainConfig(
             stage="gates",
-            model=model_config.ModelConfig(
+            model=config.ModelConfig(
                 vocab_size=builders.TEXT_VOCAB_SIZE,
                 num_layers=2,
                 width=128,

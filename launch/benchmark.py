@@ -160,7 +160,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
         os.environ.setdefault("RETENTION_JAX_KERNELS", "tpu")
     from benchmarks import programs, report
 
-    from retention_jax import program_cache
+    from retention_jax.runtime import program_cache
 
     if not topology:  # jax cannot read back a program for a device that is not there
         program_cache.keep_programs()

@@ -20,9 +20,10 @@ import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 
-from retention_jax import config, model_config, sharding, train
+from retention_jax import config, train
 from retention_jax.models import gate_files, weights
 from retention_jax.models.decoder import Decoder
+from retention_jax.parallel import sharding
 
 _STEPS = flags.DEFINE_integer("steps", 20, "Training steps on each mesh.")
 _MESHES = flags.DEFINE_list("meshes", [], "Meshes to try, sizes as in 2x1x4x1; all that have every device by default.")
@@ -61,7 +62,7 @@ def run(folder: pathlib.Path, name: str) -> tuple[np.ndarray, dict[str, np.ndarr
 
 def save_random_backbone(folder: pathlib.Path) -> None:
     """A frozen backbone of two layers."""
-    architecture = model_config.ModelConfig(
+    architecture = config.ModelConfig(
         vocab_size=64, num_layers=2, width=32, num_heads=8, num_kv_heads=2, head_size=8, mlp_width=48, qk_norm=True
     )
     make = jax.jit(lambda: Decoder(architecture, config.GateConfig(), rngs=nnx.Rngs(0)))

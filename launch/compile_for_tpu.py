@@ -39,10 +39,12 @@ from jax.sharding import NamedSharding
 from suggestions import Setup
 from tpu_report import Part
 
-from retention_jax import cache, config_io, decoding, sharding, train
-from retention_jax.config import CacheConfig, MeshConfig, TrainConfig
+from retention_jax import cache, train
+from retention_jax.config import CacheConfig, MeshConfig, TrainConfig, conversion
+from retention_jax.generation import decoding
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
+from retention_jax.parallel import sharding
 
 # --config is a flag of `retention_jax.train`.
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Chips: v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, ...")
@@ -155,7 +157,7 @@ def report(setup: Setup, topology: str) -> suggestions.Report:
 
 def asked() -> Setup:
     """The setup of the flags; raises ValueError, before anything is compiled, where its parts do not fit together."""
-    config = config_io.from_config_dict(TrainConfig, flags.FLAGS.config)
+    config = conversion.from_config_dict(TrainConfig, flags.FLAGS.config)
     model = config.model if config.model and not _MODEL.value else None
     model = model or model_shapes.of(_MODEL.value or config.backbone, config.dtype)
     mesh = config.mesh

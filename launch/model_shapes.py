@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from retention_jax.model_config import ModelConfig, RopeScaling
+from retention_jax.config import ModelConfig, RopeScaling
 from retention_jax.models import huggingface
 
 # As in each checkpoint's config.json.

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from retention_jax.config import CacheConfig, TrainConfig
-from retention_jax.model_config import ModelConfig
+from retention_jax.config import CacheConfig, ModelConfig, TrainConfig
 
 Report = dict[str, Any]  # as `compile_for_tpu.report` makes it
 

@@ -6,15 +6,15 @@ cache = rj.CacheConfig(budget=512, recent=128, policy="retention", prefill_chunk
 out = rj.generate(model, prompts, cache, max_new_tokens=256)
 """
 
-from retention_jax import losses, sharding
-from retention_jax.cache import Buffer
-from retention_jax.config import CacheConfig, GateConfig, LossConfig, TrainConfig
-from retention_jax.decoding import Output, decode, generate, prefill
-from retention_jax.model_config import ModelConfig
+from retention_jax.cache.buffer import Buffer
+from retention_jax.config import CacheConfig, GateConfig, LossConfig, ModelConfig, TrainConfig
+from retention_jax.generation.decoding import Output, decode, generate, prefill
+from retention_jax.generation.scoring import score_stream
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate_files import save_gates
 from retention_jax.models.weights import load, save_backbone
-from retention_jax.scoring import score_stream
+from retention_jax.parallel import sharding
+from retention_jax.training import losses
 
 __all__ = [
     "Buffer",

@@ -30,17 +30,19 @@ from absl import app, flags, logging
 from jaxtyping import Array, Bool, Float, Int
 
 from retention_jax import cache as cache_lib
-from retention_jax import dilution_plots, evaluate, files, policies
-from retention_jax.cache import Buffer, Entries
-from retention_jax.config import AnyArray, CacheConfig, DataConfig, EvalConfig, TrainConfig
-from retention_jax.config_io import from_config_dict
+from retention_jax import dilution_plots, evaluate, policies
+from retention_jax.cache.buffer import Buffer, Entries
+from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
+from retention_jax.config.conversion import from_config_dict
+from retention_jax.data import recall
 from retention_jax.dilution_plots import Result
 from retention_jax.evaluation import streams
 from retention_jax.evaluation.rows import interval
 from retention_jax.kernels import ops
 from retention_jax.models import decoder, weights
 from retention_jax.models.decoder import Decoder
-from retention_jax.tasks import recall
+from retention_jax.runtime import files
+from retention_jax.runtime.arrays import AnyArray
 
 
 def least_dilution(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from retention_jax import plots
+from retention_jax.evaluation import plots
 from retention_jax.evaluation.rows import interval
 
 

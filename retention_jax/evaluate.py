@@ -18,19 +18,21 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from retention_jax import cache, config_io, distributed, program_cache, sharding
-from retention_jax import tokenizer as tokenizer_lib
-from retention_jax.config import CacheConfig, DataConfig, EvalConfig, MeshConfig, Policy, TrainConfig
-from retention_jax.data import sources
+from retention_jax import cache
+from retention_jax.config import CacheConfig, DataConfig, EvalConfig, MeshConfig, Policy, TrainConfig, conversion
+from retention_jax.data import recall, sources
 from retention_jax.evaluation import devices, rows, streams, sweep
 from retention_jax.evaluation.answers import Answers
 from retention_jax.evaluation.rows import Row
 from retention_jax.evaluation.streams import TASKS, Streams
 from retention_jax.models import gate_files, weights
 from retention_jax.models.decoder import Decoder
-from retention_jax.tasks import load, recall
+from retention_jax.parallel import distributed, sharding
+from retention_jax.runtime import hub, program_cache
+from retention_jax.tasks import load
 from retention_jax.tasks.example import Task
-from retention_jax.tokenizer import Tokenizer
+from retention_jax.text import tokenizer as tokenizer_lib
+from retention_jax.text.tokenizer import Tokenizer
 
 POLICIES = ("full", "retention", "retention_local", *(p for p in get_args(Policy) if p != "retention"))
 
@@ -162,7 +164,7 @@ def run(
     """
     check(config, data)
     check_mesh(model, config)
-    settings = {"eval": config_io.to_dict(config), "data": config_io.to_dict(data)}
+    settings = {"eval": conversion.to_dict(config), "data": conversion.to_dict(data)}
     # A unit says which task, length, policy and budget it is of, so that a run with more of them goes on from this one;
     # and each result says which texts it is of. A judge may listen elsewhere than before.
     of_units = ("tasks", "lengths", "policies", "budgets", "sources", "judge_url")
@@ -278,14 +280,14 @@ def checkpoint_folders(checkpoint: str, backbone: str, policies: Sequence[str]) 
         if needs_gates or not backbone:
             raise ValueError("--checkpoint must name a gate folder or a training workdir")
         return backbone, None
-    folder = weights.resolve(checkpoint)
+    folder = hub.resolve(checkpoint)
     gates = folder if gate_files.weight_files(folder) else folder / "gates"
     has_gates = bool(gate_files.weight_files(gates))
     if needs_gates and not has_gates:
         raise ValueError(
             f"{folder}: holds neither gates.safetensors nor gates/; policies 'retention*' need trained gates"
         )
-    return str(weights.resolve(backbone or gates.parent / "backbone")), str(gates) if has_gates else None
+    return str(hub.resolve(backbone or gates.parent / "backbone")), str(gates) if has_gates else None
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -313,16 +315,18 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    config = config_io.from_config_dict(TrainConfig, values.config)
+    config = conversion.from_config_dict(TrainConfig, values.config)
     chosen = override(config.eval, **{n: values[n].value for n in (*LISTS, *NUMBERS, *REALS, *SWITCHES)})
     check(chosen, config.data)
     output = pathlib.Path(values.output).expanduser() if values.output else None
     with distributed.joined(values):
-        distributed.agree_on("configurations", {"config": config_io.to_dict(config), "eval": config_io.to_dict(chosen)})
+        distributed.agree_on(
+            "configurations", {"config": conversion.to_dict(config), "eval": conversion.to_dict(chosen)}
+        )
         backbone, gates = checkpoint_folders(values.checkpoint, config.backbone, chosen.policies)
         # Before the weights: what is wrong with it shows at once.
         has_text = any(task not in ("recall", "text") for task in chosen.tasks)
-        tok = tokenizer_lib.load(weights.resolve(backbone)) if has_text else None
+        tok = tokenizer_lib.load(hub.resolve(backbone)) if has_text else None
         model = weights.load(backbone, gates, config.dtype, mesh=mesh_of(config.mesh))
         run(model, chosen, config.data, output, tok)
 

@@ -18,10 +18,12 @@ from collections.abc import Iterator, Sequence
 import jax
 from absl import app, flags, logging
 
-from retention_jax import config_io, program_cache, prompt_files, text_generation, tokenizer
-from retention_jax.config import CacheConfig
+from retention_jax.config import CacheConfig, conversion
+from retention_jax.generation import conversation, prompt_files
+from retention_jax.generation.conversation import Totals, Writer
 from retention_jax.models import weights
-from retention_jax.text_generation import Totals, Writer
+from retention_jax.runtime import hub, program_cache
+from retention_jax.text import tokenizer
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -78,19 +80,19 @@ def make_writer(values: flags.FlagValues) -> Writer:
         raise ValueError("give one of --prompt, --chat, or --prompts together with --output")
     if values.chat and values.raw:
         raise ValueError("--chat goes through the chat template, which --raw leaves out")
-    cache = config_io.from_dict(
+    cache = conversion.from_dict(
         CacheConfig, {field.name: values[field.name].value for field in dataclasses.fields(CacheConfig)}, "flags"
     )
     if cache.policy == "retention" and not values.gates:
         raise ValueError("policy 'retention' needs --gates; the other policies do not")
-    folder = weights.resolve(values.model)
+    folder = hub.resolve(values.model)
     tok = tokenizer.load(folder)  # before the weights: what is wrong with it shows at once
     writer = Writer(
         model=weights.load(folder, values.gates, values.dtype),
         tokenizer=tok,
         cache=cache,
         max_new_tokens=values.max_new_tokens,
-        drawing=text_generation.drawing_settings(
+        drawing=conversation.drawing_settings(
             tok.generation, {name: values[name].value for name in ("temperature", "top_k", "top_p", "min_p")}
         ),
         seed=values.seed,
@@ -98,7 +100,7 @@ def make_writer(values: flags.FlagValues) -> Writer:
         system=values.system,
         template_kwargs=_template_kwargs(values),
     )
-    text_generation.check(writer)
+    conversation.check(writer)
     return writer
 
 
@@ -140,15 +142,15 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
         logging.set_verbosity(logging.WARNING)
     writer = make_writer(values)
     if values.chat:
-        totals = text_generation.converse(writer, _typed_lines(), _write)
+        totals = conversation.converse(writer, _typed_lines(), _write)
     elif values.prompts is not None:
         source, output = (pathlib.Path(path).expanduser() for path in (values.prompts, values.output))
-        run = text_generation.run_id(writer, {name: values[name].value or "" for name in ("model", "gates", "dtype")})
+        run = conversation.run_id(writer, {name: values[name].value or "" for name in ("model", "gates", "dtype")})
         prompts = prompt_files.read_prompts(writer, source)
         totals = prompt_files.write_results(writer, prompts, output, values.batch_size, run)
     else:
-        tokens = text_generation.prompt_tokens(writer, values.prompt)
-        totals = Totals().add(text_generation.reply(writer, tokens, _write, seed=writer.seed).stats)
+        tokens = conversation.prompt_tokens(writer, values.prompt)
+        totals = Totals().add(conversation.reply(writer, tokens, _write, seed=writer.seed).stats)
         _write("\n")
     if jax.process_index() == 0:
         print(totals.line(), file=sys.stderr)

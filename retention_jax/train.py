@@ -28,14 +28,16 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 from ml_collections import config_flags
 
-from retention_jax import checkpoint, config_io, distributed, evaluate, losses, metrics, program_cache, sharding
-from retention_jax.checkpoint import TrainState
-from retention_jax.config import OptimizerConfig, TrainConfig
+from retention_jax import evaluate
+from retention_jax.config import ModelConfig, OptimizerConfig, TrainConfig, conversion
 from retention_jax.data import pipeline
-from retention_jax.model_config import ModelConfig
 from retention_jax.models import gate_files, huggingface, weights
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
+from retention_jax.parallel import distributed, sharding
+from retention_jax.runtime import hub, program_cache
+from retention_jax.training import checkpoint, losses, metrics
+from retention_jax.training.checkpoint import TrainState
 
 
 class StepMetrics(NamedTuple):
@@ -119,7 +121,7 @@ def architecture(config: TrainConfig) -> ModelConfig:
     """The backbone's, before any weight is downloaded or read."""
     if config.model is not None:
         return config.model
-    return huggingface.read_model_config(weights.resolve(config.backbone, files=("config.json",)), config.dtype)
+    return huggingface.read_model_config(hub.resolve(config.backbone, files=("config.json",)), config.dtype)
 
 
 def make_model(config: TrainConfig) -> Decoder:
@@ -370,9 +372,9 @@ def main(argv: list[str]) -> None:
     with distributed.joined(flags.FLAGS):
         # First of all: what one process refuses the others must refuse too, and not wait for it.
         distributed.agree_on("configurations", _CONFIG.value.to_dict())
-        config = config_io.from_config_dict(TrainConfig, _CONFIG.value)
+        config = conversion.from_config_dict(TrainConfig, _CONFIG.value)
         if jax.process_index() == 0:
-            print(json.dumps(config_io.to_dict(config), indent=2))
+            print(json.dumps(conversion.to_dict(config), indent=2))
         with jax.set_mesh(sharding.make_mesh(**config.mesh.over(jax.device_count()))):
             run(config, workdir)
 

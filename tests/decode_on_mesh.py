@@ -22,10 +22,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from retention_jax import cache, decoding, sharding
-from retention_jax.config import CacheConfig, GateConfig
-from retention_jax.model_config import ModelConfig
+from retention_jax import cache
+from retention_jax.config import CacheConfig, GateConfig, ModelConfig
+from retention_jax.generation import decoding
 from retention_jax.models.decoder import Decoder
+from retention_jax.parallel import sharding
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "launch"))
 import hlo  # noqa: E402  # pyright: ignore[reportMissingImports]  # found by the line above

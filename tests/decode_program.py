@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from retention_jax import cache, decoding
-from retention_jax.config import CacheConfig, GateConfig
-from retention_jax.model_config import ModelConfig
+from retention_jax import cache
+from retention_jax.config import CacheConfig, GateConfig, ModelConfig
+from retention_jax.generation import decoding
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
 

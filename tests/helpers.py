@@ -13,9 +13,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
-from retention_jax.config import CacheConfig, GateConfig
+from retention_jax.config import CacheConfig, GateConfig, ModelConfig
 from retention_jax.evaluation.rows import Row
-from retention_jax.model_config import ModelConfig
 from retention_jax.models import gate_files
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam

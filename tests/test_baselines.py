@@ -10,11 +10,12 @@ import pytest
 from helpers import assert_close, tiny_config, tiny_model, tokens_of
 
 import retention_jax as rj
-from retention_jax import cache, evaluate, policies, selection
-from retention_jax.cache import Entries
+from retention_jax import cache, evaluate, policies
+from retention_jax.cache import selection
+from retention_jax.cache.buffer import Entries
 from retention_jax.config import CacheConfig, Policy
+from retention_jax.generation.scoring import _outlook
 from retention_jax.kernels import key_products
-from retention_jax.scoring import _outlook
 
 pytestmark = pytest.mark.slow
 

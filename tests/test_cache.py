@@ -13,7 +13,8 @@ import pytest
 from helpers import Kept, Step, simulate, tiny_config
 
 from retention_jax import cache
-from retention_jax.cache import Buffer, Entries
+from retention_jax.cache import buffer as buffer_module
+from retention_jax.cache.buffer import Buffer, Entries
 from retention_jax.config import CacheConfig
 
 B, L, K, H = 4, 2, 2, 4
@@ -255,7 +256,7 @@ def test_evicting_again_changes_nothing(options):
     @jax.jit
     def ways(buffer):
         yet_unread = Entries(*buffer.recent)._replace(pos=-buffer.recent.pos)
-        forced = cache._merge(
+        forced = buffer_module._merge(
             buffer, buffer.recent, nothing, rows=jnp.ones(B, bool)
         )  # the selection at the same `seen`
         return cache.evict_full(buffer), cache.take_in(buffer, yet_unread, nothing), forced

@@ -8,7 +8,7 @@ import threading
 import pytest
 from text_helpers import TEMPLATE, make_tokenizer
 
-from retention_jax import chat, templates, tokenizer
+from retention_jax.text import chat, templates, tokenizer
 
 pytestmark = pytest.mark.slow
 

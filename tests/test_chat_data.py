@@ -16,10 +16,10 @@ import pytest
 from text_helpers import save_tokenizer, write_rows
 
 from retention_jax import train
-from retention_jax.chat import Message
 from retention_jax.config import DataConfig, EvalConfig, GateConfig, LossConfig, OptimizerConfig, TrainConfig
 from retention_jax.data import builders, conversations, pipeline, show, sources
 from retention_jax.models import weights
+from retention_jax.text.chat import Message
 
 pytestmark = pytest.mark.slow
 

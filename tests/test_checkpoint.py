@@ -17,10 +17,11 @@ import pytest
 from flax import nnx
 from helpers import same
 
-from retention_jax import checkpoint, train
-from retention_jax.checkpoint import TrainState
+from retention_jax import train
 from retention_jax.config import GateConfig, OptimizerConfig
 from retention_jax.models.gate import GateParam
+from retention_jax.training import checkpoint
+from retention_jax.training.checkpoint import TrainState
 
 # Orbax leaves reads and writes running that complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import pytest
 from helpers import environment_for_tpu_compiler, tiny_config
 
-from retention_jax import sharding
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, LossConfig, TrainConfig
+from retention_jax.parallel import sharding
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 sys.path.insert(0, str(LAUNCH))

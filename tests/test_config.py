@@ -14,10 +14,10 @@ from retention_jax.config import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    RopeScaling,
     TrainConfig,
 )
-from retention_jax.config_io import from_config_dict, from_dict, to_config_dict, to_dict
-from retention_jax.model_config import RopeScaling
+from retention_jax.config.conversion import from_config_dict, from_dict, to_config_dict, to_dict
 
 MODEL = ModelConfig(vocab_size=32, num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_size=8, mlp_width=24)
 LONGROPE = RopeScaling("longrope", original_length=8, short_factor=(1.0, 1.0), long_factor=(2.0, 3.0))

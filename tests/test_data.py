@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from retention_jax.config import DataConfig
-from retention_jax.data import builders, pipeline
-from retention_jax.tasks import recall
+from retention_jax.data import builders, pipeline, recall
 
 TEXT = bytes(np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8))
 

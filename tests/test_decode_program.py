@@ -13,8 +13,8 @@ from decode_program import large_writes, lower_run, lower_step
 from helpers import environment_for_tpu_compiler, tiny_config, tiny_model, tokens_of
 
 import retention_jax as rj
-from retention_jax import decoding
 from retention_jax.config import CacheConfig
+from retention_jax.generation import decoding
 
 BUDGET = 2048
 MODEL = tiny_config(qk_norm=True)

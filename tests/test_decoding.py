@@ -9,8 +9,9 @@ import pytest
 from helpers import TINY_GATE, assert_close, simulate, tiny_model, tokens_of
 
 import retention_jax as rj
-from retention_jax import cache, decoding
+from retention_jax import cache
 from retention_jax.config import CacheConfig
+from retention_jax.generation import decoding
 from retention_jax.models import decoder
 
 T = 20

@@ -11,12 +11,13 @@ from absl import flags, logging
 from flax import nnx
 from helpers import Step, assert_close, simulate, tiny_config, tiny_model
 
-from retention_jax import config_io, dilution, dilution_plots, evaluate, scoring
-from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
+from retention_jax import dilution, dilution_plots, evaluate
+from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig, conversion
+from retention_jax.data import recall
 from retention_jax.evaluation.streams import examples
+from retention_jax.generation import scoring
 from retention_jax.models import gate as gate_lib
 from retention_jax.models import gate_files, rope, weights
-from retention_jax.tasks import recall
 
 pytestmark = pytest.mark.slow
 
@@ -290,7 +291,7 @@ def test_command_from_workdir_to_results(tmp_path, model, capsys, monkeypatch):
     config = TrainConfig(
         stage="gates", model=tiny_config(vocab_size=recall.VOCAB_SIZE), data=DATA, eval=SMALL, backbone_steps=1
     )
-    (tmp_path / "config.json").write_text(json.dumps(config_io.to_dict(config)))
+    (tmp_path / "config.json").write_text(json.dumps(conversion.to_dict(config)))
     (tmp_path / "config.py").write_text(
         "import pathlib, json, ml_collections\n\n\ndef get_config():\n    values = json.loads("
         "(pathlib.Path(__file__).parent / 'config.json').read_text())\n"

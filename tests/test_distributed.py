@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from absl import flags
 
-from retention_jax import config_io, distributed, evaluate, train
-from retention_jax.config import DataConfig, EvalConfig, TrainConfig
+from retention_jax import evaluate, train
+from retention_jax.config import DataConfig, EvalConfig, TrainConfig, conversion
 from retention_jax.evaluation import journal, rows
 from retention_jax.models import gate_files, weights
+from retention_jax.parallel import distributed
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOGETHER = {"coordinator_address": "127.0.0.1:1234", "num_processes": 2, "process_id": 1}
@@ -168,7 +169,7 @@ def folder(tmp_path_factory):
 def config(folder):
     values = runpy.run_path(str(ROOT / "configs" / "recall.py"))["get_config"]()
     values.update_from_flattened_dict(fields(folder))
-    return config_io.from_config_dict(TrainConfig, values)
+    return conversion.from_config_dict(TrainConfig, values)
 
 
 @pytest.fixture(scope="module")

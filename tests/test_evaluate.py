@@ -13,13 +13,15 @@ from absl import app, flags
 from helpers import row, tiny_config, tiny_model
 from text_helpers import make_tokenizer
 
-from retention_jax import config_io, evaluate, scoring, sharding
-from retention_jax.config import CacheConfig, DataConfig, EvalConfig, MeshConfig, TrainConfig
+from retention_jax import evaluate
+from retention_jax.config import CacheConfig, DataConfig, EvalConfig, MeshConfig, TrainConfig, conversion
+from retention_jax.data import recall
 from retention_jax.evaluation import rows as rows_lib
 from retention_jax.evaluation import streams
+from retention_jax.generation import scoring
+from retention_jax.generation.scoring import score_stream
 from retention_jax.models import gate_files, weights
-from retention_jax.scoring import score_stream
-from retention_jax.tasks import recall
+from retention_jax.parallel import sharding
 
 pytestmark = pytest.mark.slow
 
@@ -345,7 +347,7 @@ def command(tmp_path, *arguments):
         backbone_steps=1,
         mesh=MeshConfig(data=-1, tensor=4),
     )
-    (tmp_path / "config.json").write_text(json.dumps(config_io.to_dict(config)))
+    (tmp_path / "config.json").write_text(json.dumps(conversion.to_dict(config)))
     values = flags.FlagValues()
     evaluate.define_flags(values)
     evaluate.main(values(["evaluate", f"--config={path}", *arguments]), values)

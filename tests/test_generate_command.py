@@ -16,8 +16,9 @@ from helpers import environment, tiny_model
 from text_helpers import save_tokenizer
 
 import retention_jax as rj
-from retention_jax import chat, decoding, prompt_files, text_generation, tokenizer
-from retention_jax.text_generation import Conversation, Totals, Writer
+from retention_jax.generation import conversation, decoding, prompt_files
+from retention_jax.generation.conversation import Conversation, Totals, Writer
+from retention_jax.text import chat, tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -108,11 +109,11 @@ def test_one_prompt(folder, writer, capsys):
 
 def test_plain_text_needs_no_template(writer):
     raw = writer._replace(template=False)
-    assert text_generation.prompt_tokens(raw, "two") == writer.tokenizer.encode("two", bos=True)
+    assert conversation.prompt_tokens(raw, "two") == writer.tokenizer.encode("two", bos=True)
     with pytest.raises(ValueError, match="messages need the chat template"):
-        text_generation.prompt_tokens(raw, [{"role": "user", "content": "two"}])
+        conversation.prompt_tokens(raw, [{"role": "user", "content": "two"}])
     with pytest.raises(ValueError, match="the prompt is empty"):
-        text_generation.prompt_tokens(raw, "")
+        conversation.prompt_tokens(raw, "")
 
 
 @pytest.mark.slow
@@ -125,7 +126,7 @@ def test_a_file_of_prompts_goes_on_after_a_kill(folder, writer, tmp_path, capsys
     assert [row["index"] for row in whole] == [0, 1, 2, 3]
     for row, result in zip(ROWS, whole, strict=True):
         assert {name: result[name] for name in row} == row and set(result) - set(row) == set(prompt_files.RESULT_FIELDS)
-        tokens = text_generation.prompt_tokens(writer, row.get("prompt") or row["messages"])
+        tokens = conversation.prompt_tokens(writer, row.get("prompt") or row["messages"])
         drawn = rj.generate(
             writer.model, [tokens], CACHE, max_new_tokens=6, stop_tokens=writer.tokenizer.stop_tokens,
             temperature=1.0, top_p=0.9, seed=5, row_ids=[result["index"]],
@@ -213,20 +214,20 @@ def test_bad_lines_are_named(writer, tmp_path):
 def test_a_conversation_reads_only_what_is_new(writer, stops):
     # The budget keeps everything, so a turn on top of the buffer is a turn after reading all tokens once more.
     question = [{"role": "user", "content": "two plus two?"}]
-    first = text_generation.prompt_tokens(writer, question)
+    first = conversation.prompt_tokens(writer, question)
     reply = greedy(writer, first)
     if stops:  # make the fourth token one that ends a reply
         writer = writer._replace(tokenizer=writer.tokenizer._replace(stop_tokens=(reply[3],)))
         reply = reply[: reply.index(reply[3]) + 1]
     written = []
-    turn, stats = text_generation.next_turn(writer, Conversation(), "two plus two?", written.append)
+    turn, stats = conversation.next_turn(writer, Conversation(), "two plus two?", written.append)
     assert "".join(written) == shown(writer, reply) and stats["prompt_tokens"] == len(first)
     assert turn.last == reply[-1] and seen(turn) == len(first) + len(reply) - 1
 
     added = writer.tokenizer.encode("<|end|>\n<|start|>user\nand?<|end|>\n<|start|>assistant\n", bos=False)
     context = first + (reply[:-1] if stops else reply) + added
     want, written = greedy(writer, context), []
-    turn, stats = text_generation.next_turn(writer, turn, "and?", written.append)
+    turn, stats = conversation.next_turn(writer, turn, "and?", written.append)
     assert "".join(written) == shown(writer, want)
     assert stats["prompt_tokens"] == len(added) + (not stops)
     assert seen(turn) == len(context) + len(want) - 1
@@ -236,9 +237,9 @@ def test_a_conversation_reads_only_what_is_new(writer, stops):
 def test_a_conversation_can_be_forgotten(writer):
     written = []
     lines = ["two?\n", "\n", "/reset\n", "two?\n", "/exit\n", "two?\n"]
-    totals = text_generation.converse(writer, lines, written.append)
+    totals = conversation.converse(writer, lines, written.append)
     assert written == written[: len(written) // 2] * 2 and written[-1] == "\n"
-    assert totals.new_tokens == 2 * len(greedy(writer, text_generation.prompt_tokens(writer, "two?")))
+    assert totals.new_tokens == 2 * len(greedy(writer, conversation.prompt_tokens(writer, "two?")))
 
 
 def test_interrupting_a_reply_ends_it_and_no_more(writer):
@@ -249,17 +250,17 @@ def test_interrupting_a_reply_ends_it_and_no_more(writer):
         if len(written) == 2:
             signal.raise_signal(signal.SIGINT)
 
-    tokens = text_generation.prompt_tokens(writer, "two?")
+    tokens = conversation.prompt_tokens(writer, "two?")
     many = writer._replace(max_new_tokens=60)
-    out = text_generation.reply(many, tokens, write, seed=0)
+    out = conversation.reply(many, tokens, write, seed=0)
     assert len(written) == 2 and len(out.tokens) == 1 + decoding._STREAMED
     assert int(np.asarray(out.buffer.seen)[0]) == len(tokens) + len(out.tokens) - 1
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_replies_can_be_made_in_a_thread(writer):
-    written, tokens = [], text_generation.prompt_tokens(writer, "two?")
-    thread = threading.Thread(target=text_generation.reply, args=(writer, tokens, written.append), kwargs={"seed": 0})
+    written, tokens = [], conversation.prompt_tokens(writer, "two?")
+    thread = threading.Thread(target=conversation.reply, args=(writer, tokens, written.append), kwargs={"seed": 0})
     thread.start()
     thread.join()
     assert "".join(written) == shown(writer, greedy(writer, tokens))
@@ -279,13 +280,13 @@ def test_chat_over_a_pipe(folder, writer):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    want = shown(writer, greedy(writer, text_generation.prompt_tokens(writer, "two?")))
+    want = shown(writer, greedy(writer, conversation.prompt_tokens(writer, "two?")))
     assert done.stdout == want + "\n"
     assert "6 new tokens" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_defaults_come_from_generation_config():
-    settings = text_generation.drawing_settings
+    settings = conversation.drawing_settings
     neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     file = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 1}
     assert settings(file, {}) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0}
@@ -299,7 +300,7 @@ def test_defaults_come_from_generation_config():
 
 
 def test_the_name_of_a_run_tells_settings_apart(writer):
-    name = lambda changed, **names: text_generation.run_id(changed, {"model": "a", **names})
+    name = lambda changed, **names: conversation.run_id(changed, {"model": "a", **names})
     others = [
         name(writer, model="b"),
         name(writer._replace(seed=1)),
@@ -343,4 +344,4 @@ def test_flags_that_do_not_go_together(folder, arguments, message):
 
 def test_a_tokenizer_of_another_model(writer):
     with pytest.raises(ValueError, match="the tokenizer has 300 tokens, but the model only 32"):
-        text_generation.check(writer._replace(model=tiny_model()))
+        conversation.check(writer._replace(model=tiny_model()))

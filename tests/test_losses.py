@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from retention_jax import losses
 from retention_jax.config import GateConfig, LossConfig
 from retention_jax.models import decoder
 from retention_jax.models.gate import GateParam
+from retention_jax.training import losses
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from retention_jax import sharding, train
+from retention_jax import train
 from retention_jax.config import (
     DataConfig,
     EvalConfig,
@@ -23,6 +23,7 @@ from retention_jax.config import (
 from retention_jax.kernels import ops
 from retention_jax.models import weights
 from retention_jax.models.gate import GateParam
+from retention_jax.parallel import sharding
 
 pytestmark = pytest.mark.slow
 

@@ -7,11 +7,10 @@ import pytest
 import tokenizers
 from text_helpers import save_tokenizer, write_rows
 
-from retention_jax import tokenizer
 from retention_jax.config import DataConfig
-from retention_jax.data import pipeline, sources
+from retention_jax.data import perplexity, pipeline, sources
 from retention_jax.evaluation import streams
-from retention_jax.tasks import perplexity
+from retention_jax.text import tokenizer
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 TEXT = "the quick brown fox é jumps über 狐狸 the lazy dog 🦊🦊!\n what is  two plus two?\tfour. " * 9

@@ -3,7 +3,7 @@
 import pytest
 from helpers import row
 
-from retention_jax import plots
+from retention_jax.evaluation import plots
 
 
 def test_figure_is_a_picture(tmp_path):

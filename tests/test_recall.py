@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from retention_jax.tasks import recall
+from retention_jax.data import recall
 
 pytestmark = pytest.mark.slow
 

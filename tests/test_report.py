@@ -13,9 +13,9 @@ from absl import flags
 from helpers import tiny_model, tokens_of
 
 from retention_jax import cache as cache_lib
-from retention_jax import decoding
 from retention_jax.config import CacheConfig
 from retention_jax.evaluation.rows import Row
+from retention_jax.generation import decoding
 from retention_jax.models import decoder
 from retention_jax.report import __main__ as command
 from retention_jax.report import page, results

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retention_jax import sampling
-from retention_jax.sampling import sample, settings
+from retention_jax.generation import sampling
+from retention_jax.generation.sampling import sample, settings
 
 pytestmark = pytest.mark.slow
 

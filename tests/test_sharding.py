@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import retention_jax as rj
-from retention_jax import sharding
 from retention_jax.models import gate_files, weights
 from retention_jax.models.gate import GateParam
+from retention_jax.parallel import sharding
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,13 @@ from decode_on_mesh import MODEL, Sent, lower_decode, sent
 from helpers import assert_close, environment_for_tpu_compiler, tiny_config, tiny_model, tokens_of
 
 import retention_jax as rj
-from retention_jax import cache, sharding
-from retention_jax.cache import Buffer, Entries
+from retention_jax import cache
+from retention_jax.cache.buffer import Buffer, Entries
 from retention_jax.config import CacheConfig
 from retention_jax.kernels import slot_shards
 from retention_jax.kernels.partial_softmax import Partial, merge
 from retention_jax.models import gate_files, weights
+from retention_jax.parallel import sharding
 
 L, K, H = 2, 2, 4
 HEADS = L * K

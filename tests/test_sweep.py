@@ -15,11 +15,13 @@ import pytest
 from helpers import tiny_model, untimed
 from text_helpers import make_tokenizer
 
-from retention_jax import decoding, evaluate, sharding
+from retention_jax import evaluate
 from retention_jax.config import DataConfig, EvalConfig
 from retention_jax.evaluation import journal, prompts, rows, streams, sweep
 from retention_jax.evaluation.answers import Answers, behind_thoughts, seed_of
 from retention_jax.evaluation.streams import Streams
+from retention_jax.generation import decoding
+from retention_jax.parallel import sharding
 from retention_jax.tasks import text_metrics
 from retention_jax.tasks.example import Cut, Example, Task, Turn
 

@@ -8,7 +8,7 @@ import tokenizers
 from text_helpers import TEXT, save_tokenizer
 from tokenizers import models, processors
 
-from retention_jax import tokenizer
+from retention_jax.text import tokenizer
 
 pytestmark = pytest.mark.slow
 

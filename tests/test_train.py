@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 from helpers import same
 
-from retention_jax import checkpoint, distributed, train
+from retention_jax import train
 from retention_jax.config import (
     DataConfig,
     EvalConfig,
@@ -32,6 +32,8 @@ from retention_jax.config import (
 from retention_jax.data import pipeline
 from retention_jax.models import weights
 from retention_jax.models.gate import GateParam
+from retention_jax.parallel import distributed
+from retention_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVAL = EvalConfig(policies=("full", "retention"), budgets=(4,), lengths=(24,), examples=2, seeds=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import retention_jax as rj
-from retention_jax import sharding
+from retention_jax.parallel import sharding
 
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 pytestmark = [

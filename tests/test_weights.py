@@ -14,8 +14,7 @@ from helpers import tiny_config, tiny_model
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
-from retention_jax.config import GateConfig
-from retention_jax.model_config import RopeScaling
+from retention_jax.config import GateConfig, RopeScaling
 from retention_jax.models import gate_files, huggingface, weights
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from retention_jax import worker_process
-from retention_jax.worker_process import Worker
+from retention_jax.runtime import worker_process
+from retention_jax.runtime.worker_process import Worker
 
 PROGRAM = """
 import os, sys, time

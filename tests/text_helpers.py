@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import tokenizers
 
-from retention_jax import tokenizer
+from retention_jax.text import tokenizer
 
 TEXT = ("the quick brown fox jumps over the lazy dog", "what is two plus two? two plus two is four.")
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 import retention_jax as rj
 from retention_jax import cache as cache_lib
-from retention_jax import decoding
-from retention_jax.cache import Buffer
+from retention_jax.cache.buffer import Buffer
+from retention_jax.generation import decoding
 
 from .programs import Case, Ceilings, Row, median_seconds, peak_bytes, random_prompts, rates
 from .settings import Settings, Work, decoding_work, new_model, reading_work

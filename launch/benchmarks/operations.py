@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import retention_jax as rj
-from retention_jax.cache import Buffer, Entries
+from retention_jax.cache.buffer import Buffer, Entries
 from retention_jax.kernels import ops, reference
 
 from .generation import evict_window

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from retention_jax import files, plots
+from retention_jax.evaluation import plots
 from retention_jax.kernels import ops
+from retention_jax.runtime import files
 
 from .programs import Row
 

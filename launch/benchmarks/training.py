@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retention_jax import train
-from retention_jax.checkpoint import TrainState
 from retention_jax.config import DataConfig, EvalConfig, LossConfig, TrainConfig
+from retention_jax.training.checkpoint import TrainState
 
 from . import operations
 from .programs import Case, Ceilings, Row, measure

@@ -22,13 +22,12 @@ import tensorflow_datasets as tfds
 import tokenizers
 from jaxtyping import Bool, Int32, UInt8
 
-from retention_jax import chat, tokenizer
 from retention_jax.config import DataConfig
-from retention_jax.data import conversations, sources
+from retention_jax.data import conversations, recall, sources
 from retention_jax.data.conversations import Sample
-from retention_jax.models import weights
-from retention_jax.tasks import recall
-from retention_jax.tokenizer import Tokenizer
+from retention_jax.runtime import hub
+from retention_jax.text import chat, tokenizer
+from retention_jax.text.tokenizer import Tokenizer
 
 TEXT_VOCAB_SIZE = 257  # byte + 1, so that 0 stays the padding
 
@@ -220,7 +219,7 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
     Raises:
       ValueError: when either is missing or damaged.
     """
-    found = tokenizer.load(weights.resolve(config.tokenizer))
+    found = tokenizer.load(hub.resolve(config.tokenizer))
     if not config.chat_template:
         return found
     path = pathlib.Path(config.chat_template).expanduser()

@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from retention_jax.chat import Message
 from retention_jax.data import sources
+from retention_jax.text.chat import Message
 
 _MOST_PROBLEMS = 10  # told at once
 

@@ -23,9 +23,9 @@ import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Bool, Int32
 
-from retention_jax import distributed
 from retention_jax.config import DataConfig
 from retention_jax.data import builders
+from retention_jax.parallel import distributed
 
 # Rows that are filled side by side. More rows leave less padding; resuming fills them again, so not too many.
 _OPEN_ROWS = 64

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Int32
 from ml_collections import config_flags
 
 from retention_jax.config import TrainConfig
-from retention_jax.config_io import from_config_dict
+from retention_jax.config.conversion import from_config_dict
 from retention_jax.data import builders, pipeline
-from retention_jax.tokenizer import Tokenizer
+from retention_jax.text.tokenizer import Tokenizer
 
 _MEASURED = 64  # rows that the last line is about, at least
 

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retention_jax import decoding
-from retention_jax.cache import Buffer
+from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig, EvalConfig
 from retention_jax.evaluation import devices, prompts
 from retention_jax.evaluation.journal import Result, Unit
 from retention_jax.evaluation.prompts import Prompt, num_tokens
 from retention_jax.evaluation.rows import Row, interval
 from retention_jax.evaluation.streams import full_kv_bytes
+from retention_jax.generation import decoding
 from retention_jax.models.decoder import Decoder
 from retention_jax.tasks.example import Task
-from retention_jax.tokenizer import Tokenizer
+from retention_jax.text.tokenizer import Tokenizer
 
 _STEP = 256  # tokens: a full cache is made a multiple of it, so that few sizes are compiled
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from retention_jax import checksum, sharding
 from retention_jax.models.decoder import Decoder
+from retention_jax.parallel import checksum, sharding
 
 
 def program_bytes(sizes: Any) -> int | None:

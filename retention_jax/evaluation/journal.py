@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from retention_jax.distributed import differing
+from retention_jax.runtime.nested import differing
 
 
 class Unit(NamedTuple):

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from retention_jax import chat
 from retention_jax.tasks.example import Cut, Example, Task
 from retention_jax.tasks.text_metrics import truncated_middle
-from retention_jax.tokenizer import Tokenizer
+from retention_jax.text import chat
+from retention_jax.text.tokenizer import Tokenizer
 
 _PLACEHOLDER = "\ue000user\ue001"  # private-use characters: in no question and in no template
 

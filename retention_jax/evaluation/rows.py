@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import scipy.special
 
-from retention_jax import files
+from retention_jax.runtime import files
 
 
 class Row(NamedTuple):

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from retention_jax import scoring, sharding
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig
-from retention_jax.data import pipeline
+from retention_jax.data import perplexity, pipeline, recall
 from retention_jax.evaluation import devices
 from retention_jax.evaluation.journal import Result, Unit
 from retention_jax.evaluation.rows import Row, interval
+from retention_jax.generation import scoring
+from retention_jax.generation.scoring import Scores, StreamPrograms
 from retention_jax.models.decoder import Decoder
-from retention_jax.scoring import Scores, StreamPrograms
-from retention_jax.tasks import perplexity, recall
-from retention_jax.tokenizer import Tokenizer
+from retention_jax.parallel import sharding
+from retention_jax.text.tokenizer import Tokenizer
 
 TASKS = ("recall", "text", "perplexity")
 _METRICS = {"recall": "accuracy", "text": "bits_per_byte", "perplexity": "perplexity"}

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import tqdm
 
-from retention_jax import checkpoint, distributed, plots
 from retention_jax.config import CacheConfig
-from retention_jax.evaluation import journal, rows
+from retention_jax.evaluation import journal, plots, rows
 from retention_jax.evaluation.answers import Answers
 from retention_jax.evaluation.journal import Journal, Result, Unit
 from retention_jax.evaluation.rows import Row
 from retention_jax.evaluation.streams import Streams
+from retention_jax.parallel import distributed
 
 CacheOf = Callable[[str, int, int], CacheConfig]  # of a policy, a budget, and a length that "full" must hold
 
@@ -57,7 +57,7 @@ def run(
     process, processes = jax.process_index(), jax.process_count()
     done: dict[Unit, Result] = {}
     if output is not None:
-        checkpoint.share(output)
+        distributed.share_folder(output)
         done = journal.read(output, fingerprint)
         distributed.gather("")  # all have read before the first writes
     # Process 0 says what is done, should a file have reached only some of them.

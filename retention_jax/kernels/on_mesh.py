@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from retention_jax import sharding
+from retention_jax.parallel import sharding
 
 Result = TypeVar("Result")
 

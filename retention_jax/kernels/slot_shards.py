@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from retention_jax import sharding
 from retention_jax.kernels.partial_softmax import Partial
+from retention_jax.parallel import sharding
 
 
 def count() -> int:

@@ -10,14 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from retention_jax import cache as cache_lib
-from retention_jax import policies, sharding
-from retention_jax.cache import Buffer, Entries
-from retention_jax.config import AnyArray, GateConfig
+from retention_jax import policies
+from retention_jax.cache.buffer import Buffer, Entries
+from retention_jax.config import GateConfig, ModelConfig
 from retention_jax.kernels import ops
-from retention_jax.model_config import ModelConfig
 from retention_jax.models import gate as gate_lib
 from retention_jax.models import layers as layers_lib
 from retention_jax.models import rope
+from retention_jax.parallel import sharding
+from retention_jax.runtime.arrays import AnyArray
 
 
 class Layer(nnx.Module):

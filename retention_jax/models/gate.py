@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from retention_jax.config import GateConfig
-from retention_jax.model_config import ModelConfig
+from retention_jax.config import GateConfig, ModelConfig
 
 
 class GateParam(nnx.Variable):

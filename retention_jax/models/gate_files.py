@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from retention_jax import files as files_lib
-from retention_jax.config import GateConfig, LossConfig
-from retention_jax.config_io import from_dict, to_dict
-from retention_jax.model_config import ModelConfig
+from retention_jax.config import GateConfig, LossConfig, ModelConfig
+from retention_jax.config.conversion import from_dict, to_dict
 from retention_jax.models import huggingface, tensors
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
 from retention_jax.models.tensors import Place
+from retention_jax.runtime import files as files_lib
 
 OURS, OFFICIAL = "gates.safetensors", "trimkv_weights.pth"
 _NAME = re.compile(r"layers\.(\d+)\.self_attn\.retention_gate\.(.+)$")  # the prefix differs from model to model

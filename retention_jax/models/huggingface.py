@@ -6,8 +6,8 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-from retention_jax.config_io import from_dict
-from retention_jax.model_config import ModelConfig
+from retention_jax.config import ModelConfig
+from retention_jax.config.conversion import from_dict
 from retention_jax.models.tensors import Layout, Place, read_json
 
 

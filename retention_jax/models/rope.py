@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from retention_jax.model_config import ModelConfig, RopeScaling
+from retention_jax.config import ModelConfig, RopeScaling
 
 
 class Rotation(NamedTuple):

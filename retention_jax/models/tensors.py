@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from retention_jax import files as files_lib
 from retention_jax.models.decoder import Decoder
-from retention_jax.sharding import on_host
+from retention_jax.parallel.sharding import on_host
+from retention_jax.runtime import files as files_lib
 
 Layout = Literal["in", "out", "flat", "same"]
 Shape = tuple[int, ...]

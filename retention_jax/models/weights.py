@@ -8,22 +8,18 @@ Two tables there say where each named tensor goes; loading and saving both read 
 
 import os
 import pathlib
-import re
 
-import huggingface_hub
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from retention_jax import sharding
 from retention_jax.config import GateConfig
 from retention_jax.models import gate_files, huggingface, tensors
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
-
-DOWNLOADED = ("*.json", "*.jinja", "model*.safetensors")  # nothing that could carry code
-BUILTIN = pathlib.Path(__file__).parent.parent / "checkpoints"
+from retention_jax.parallel import sharding
+from retention_jax.runtime import hub
 
 
 def load(
@@ -51,8 +47,8 @@ def load(
     """
     if gates is None:
         return load_backbone(folder, GateConfig(), dtype, seed=0, revision=revision, mesh=mesh, table=sharding.DECODING)
-    found = gate_files.read_gates(resolve(gates, files=("config.json", gate_files.OURS, gate_files.OFFICIAL)))
-    folder = resolve(folder, revision)
+    found = gate_files.read_gates(hub.resolve(gates, files=("config.json", gate_files.OURS, gate_files.OFFICIAL)))
+    folder = hub.resolve(folder, revision)
     model = _without_values(folder, found.config, dtype)
     gate_files.load_gates(model, found)  # first: what does not fit shows before gigabytes are read
     _read_backbone(model, folder, mesh, sharding.DECODING)
@@ -76,7 +72,7 @@ def load_backbone(
 
     `table` says how a mesh's devices share the weights.
     """
-    folder = resolve(folder, revision)
+    folder = hub.resolve(folder, revision)
     model = _without_values(folder, gate, dtype)
     _read_backbone(model, folder, mesh, table)
     init_gates(model, seed=seed, mesh=mesh)
@@ -118,25 +114,3 @@ def save_backbone(model: Decoder, folder: str | os.PathLike) -> None:
     """Writes the backbone as a Hugging Face folder; raises ValueError if no family there has its architecture."""
     names, config = dict(huggingface.backbone_places(model.config)), huggingface.model_config_json(model.config)
     tensors.save(model, nnx.Param, names, folder, "model.safetensors", config)
-
-
-def resolve(name: str | os.PathLike, revision: str | None = None, files: tuple[str, ...] = DOWNLOADED) -> pathlib.Path:
-    """The folder a name stands for: a folder, `builtin:NAME` for one shipped with the package, or a hub repository.
-
-    A repository's `files` are downloaded into the cache of huggingface_hub, which goes by its own environment variables
-    (HF_HUB_OFFLINE, HF_HOME, HF_TOKEN).
-
-    Raises:
-      ValueError: when it is none of these, or cannot be had.
-    """
-    text = os.fspath(name)
-    path = BUILTIN / text.removeprefix("builtin:") if text.startswith("builtin:") else pathlib.Path(text).expanduser()
-    if path.is_dir():
-        return path
-    if isinstance(name, os.PathLike) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
-        raise ValueError(f"{name}: no such checkpoint folder")
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=list(files)))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name}: no such checkpoint folder, and not to be had from the hub: {reason}") from error

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from retention_jax import files, plots
+from retention_jax.evaluation import plots
 from retention_jax.report import figures, page, results
 from retention_jax.report.results import Results
+from retention_jax.runtime import files
 
 
 def define_flags(values: flags.FlagValues) -> None:

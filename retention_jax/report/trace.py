@@ -23,12 +23,15 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import config_flags
 
 from retention_jax import cache as cache_lib
-from retention_jax import config_io, evaluate, files, program_cache, sharding, tokenizer
-from retention_jax.cache import Buffer
-from retention_jax.config import CacheConfig, TrainConfig
+from retention_jax import evaluate
+from retention_jax.cache.buffer import Buffer
+from retention_jax.config import CacheConfig, TrainConfig, conversion
+from retention_jax.data import recall
 from retention_jax.models import decoder, weights
 from retention_jax.models.decoder import Decoder
-from retention_jax.tasks import recall
+from retention_jax.parallel import sharding
+from retention_jax.runtime import files, hub, program_cache
+from retention_jax.text import tokenizer
 
 NEVER = 0  # as a time of eviction: still kept when the sequence ended
 
@@ -221,7 +224,7 @@ def file_texts(path: pathlib.Path, config: TrainConfig, length: int, count: int)
         tokens = np.frombuffer(raw, np.uint8).astype(np.int32) + 1  # as `data/builders.py` stores bytes
         name = lambda token: bytes([token - 1]).decode("ascii", "backslashreplace")
     else:
-        found = tokenizer.load(weights.resolve(config.data.tokenizer or config.backbone))
+        found = tokenizer.load(hub.resolve(config.data.tokenizer or config.backbone))
         tokens = np.array(found.encode(path.read_text(encoding="utf-8"), bos=True), np.int32)
         name = lambda token: found.backend.decode([token], skip_special_tokens=False)
     if len(tokens) < length:
@@ -250,7 +253,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    config = config_io.from_config_dict(TrainConfig, values.config)
+    config = conversion.from_config_dict(TrainConfig, values.config)
     length = values.length if values.length is not None else max(config.eval.lengths)
     recent = values.recent if values.recent is not None else config.eval.recent
     problems = [] if values.sequences >= 1 else [f"--sequences must be at least 1, got {values.sequences}"]

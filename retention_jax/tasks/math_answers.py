@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 
-from retention_jax.worker_process import Worker
+from retention_jax.runtime.worker_process import Worker
 
 TIME_LIMIT = 10.0  # seconds for one comparison
 _TAIL = 500  # characters of an answer without a mark that are searched for its result

@@ -21,8 +21,8 @@ from attention_cases import make as make_attention
 from mass_cases import make as make_mass
 from mass_cases import value_and_grad
 
-from retention_jax import decoding
 from retention_jax.config import CacheConfig
+from retention_jax.generation import decoding
 from retention_jax.kernels import (
     buffer_attention_tpu,
     buffer_attention_triton,

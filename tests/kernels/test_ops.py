@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retention_jax import decoding
 from retention_jax.config import CacheConfig
+from retention_jax.generation import decoding
 from retention_jax.kernels import buffer_attention_triton, ops, triton_blocks, triton_call
 
 

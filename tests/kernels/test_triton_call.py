@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from retention_jax.kernels.triton_call import Launch, run  # before a fixture puts the interpreter in its place
+from retention_jax.kernels.triton_call import Launch, run
 
 pytest.importorskip("triton")
 FLOAT = jax.ShapeDtypeStruct((4,), jnp.float32)

@@ -14,11 +14,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from retention_jax import cache as cache_lib
-from retention_jax import sampling, sharding
-from retention_jax.cache import Buffer
-from retention_jax.config import AnyArray, CacheConfig
+from retention_jax.cache.buffer import Buffer
+from retention_jax.config import CacheConfig
+from retention_jax.generation import sampling
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
+from retention_jax.parallel import sharding
+from retention_jax.runtime.arrays import AnyArray
 
 P = ParamSpec("P")
 R = TypeVar("R")

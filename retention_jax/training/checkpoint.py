@@ -7,9 +7,7 @@ import functools
 import json
 import pathlib
 import re
-import secrets
 import shutil
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +16,10 @@ from absl import logging
 from flax import nnx
 from jaxtyping import Array, Int
 
-from retention_jax import checksum, config_io, distributed, files
-from retention_jax.config import TrainConfig
+from retention_jax.config import TrainConfig, conversion
+from retention_jax.parallel import checksum, distributed
+from retention_jax.runtime import files
+from retention_jax.runtime.nested import differing
 
 
 class TrainState(NamedTuple):
@@ -149,11 +149,6 @@ def _shapes_of_saved(handler: ocp.StandardCheckpointHandler, where: pathlib.Path
     return {"/".join(str(key.key) for key in path[:-1]): tuple(leaf.shape) for path, leaf in leaves}
 
 
-# Seconds in which a file that one process wrote must be seen by the others: network file systems remember for a while
-# what was not there.
-_SEEN_WITHIN = 10.0
-
-
 # Fields, or groups of them, of which a run's numbers do not depend beyond rounding: where and how fast it is computed,
 # how often it is saved and told of. So a run may go on with other ones, on what devices there are.
 _FREE = (
@@ -176,8 +171,8 @@ def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
         that differs is listed.
       OSError: when the workdir cannot be written; RuntimeError in processes other than the one that found out.
     """
-    share(workdir)
-    distributed.together(lambda: _claim(workdir, json.loads(json.dumps(config_io.to_dict(config)))))
+    distributed.share_folder(workdir)
+    distributed.together(lambda: _claim(workdir, json.loads(json.dumps(conversion.to_dict(config)))))
 
 
 def _claim(workdir: pathlib.Path, ours: dict[str, Any]) -> None:
@@ -188,38 +183,10 @@ def _claim(workdir: pathlib.Path, ours: dict[str, Any]) -> None:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not valid JSON: {error}") from error
         free = lambda name: any(name == field or name.startswith(f"{field}.") for field in _FREE)
-        if changes := [change for change in distributed.differing(theirs, ours) if not free(change[0])]:
+        if changes := [change for change in differing(theirs, ours) if not free(change[0])]:
             raise ValueError(
                 f"{workdir} belongs to another configuration; give another --workdir, or go back to: "
                 + ", ".join(f"{name}={before!r} (now {now!r})" for name, before, now in changes)
             )
     elif jax.process_index() == 0:
         files.write_atomically(path, lambda p: p.write_text(json.dumps(ours, indent=2)))
-
-
-def share(workdir: pathlib.Path) -> None:
-    """Makes the workdir, and finds out whether all processes see what process 0 writes there.
-
-    Raises:
-      ValueError: on every process alike, when some do not.
-      OSError: in process 0 when it cannot be written; RuntimeError in the others.
-    """
-    token = workdir / f".shared-{distributed.gather(secrets.token_hex(8))[0]}"
-
-    def write() -> None:
-        if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            token.touch()
-
-    distributed.together(write)
-    until = time.monotonic() + _SEEN_WITHIN
-    while not (seen := token.exists()) and time.monotonic() < until:
-        time.sleep(0.2)
-    answers = distributed.gather("" if seen else str(workdir.absolute()))
-    if jax.process_index() == 0:
-        token.unlink()
-    if blind := {i: where for i, where in enumerate(answers) if where}:
-        raise ValueError(
-            "the run's folder must be one that all processes share; what process 0 wrote is not in "
-            + ", ".join(f"{where} of process {i}" for i, where in blind.items())
-        )

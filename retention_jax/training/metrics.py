@@ -9,7 +9,7 @@ import jax
 import tqdm
 from tensorboardX import SummaryWriter
 
-from retention_jax import files
+from retention_jax.runtime import files
 
 
 def say(text: str) -> None:

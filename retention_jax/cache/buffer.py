@@ -29,11 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from retention_jax import policies, selection, sharding
-from retention_jax.config import CacheConfig
+from retention_jax import policies
+from retention_jax.cache import selection
+from retention_jax.config import CacheConfig, ModelConfig
 from retention_jax.kernels import ops, slot_shards
 from retention_jax.kernels.partial_softmax import Partial
-from retention_jax.model_config import ModelConfig
+from retention_jax.parallel import sharding
 
 jax.tree_util.register_static(CacheConfig)
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from retention_jax import templates
-from retention_jax.templates import Rendered
-from retention_jax.tokenizer import Tokenizer
+from retention_jax.text import templates
+from retention_jax.text.templates import Rendered
+from retention_jax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # role, content, perhaps reasoning_content, tool_calls, ...
 

@@ -15,11 +15,11 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from retention_jax import text_generation
-from retention_jax.decoding import generate
-from retention_jax.text_generation import Totals, Writer
+from retention_jax.generation import conversation
+from retention_jax.generation.conversation import Totals, Writer
+from retention_jax.generation.decoding import generate
 
-# index: of the row, from 0. stopped: whether the reply ended itself. run: `text_generation.run_id` of the settings.
+# index: of the row, from 0. stopped: whether the reply ended itself. run: `conversation.run_id` of the settings.
 RESULT_FIELDS = ("index", "output", "prompt_tokens", "new_tokens", "stopped", "run")
 
 
@@ -70,7 +70,7 @@ def _tokens(writer: Writer, row: Any) -> list[int]:
     ):
         raise ValueError("messages must be a list of objects")
     _dump(row)  # refuses halves of surrogate pairs, which could not be written
-    return text_generation.prompt_tokens(writer, row["prompt"] if "prompt" in row else row["messages"])
+    return conversation.prompt_tokens(writer, row["prompt"] if "prompt" in row else row["messages"])
 
 
 def write_results(writer: Writer, prompts: list[Prompt], path: pathlib.Path, batch_size: int, run: str) -> Totals:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from retention_jax.model_config import require
+from retention_jax.config.checks import require
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from retention_jax.data import sources
-from retention_jax.tokenizer import Tokenizer
+from retention_jax.text.tokenizer import Tokenizer
 
 
 class Tokens(NamedTuple):

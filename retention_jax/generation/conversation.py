@@ -12,13 +12,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from retention_jax import chat, sampling
-from retention_jax.cache import Buffer
-from retention_jax.chat import Message
+from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
-from retention_jax.decoding import generate
+from retention_jax.generation import sampling
+from retention_jax.generation.decoding import generate
 from retention_jax.models.decoder import Decoder
-from retention_jax.tokenizer import Tokenizer
+from retention_jax.text import chat
+from retention_jax.text.chat import Message
+from retention_jax.text.tokenizer import Tokenizer
 
 
 class Writer(NamedTuple):

@@ -11,9 +11,12 @@ import contextlib
 import functools
 import json
 import os
+import pathlib
 import re
+import secrets
 import socket
 import sys
+import time
 import traceback
 import urllib.error
 import urllib.request
@@ -27,6 +30,8 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from retention_jax.runtime.nested import differing
 
 # Seconds without a sign of life after which a process counts as dead and all others end. jax waits 100, too long for a
 # restart. The signs come from a thread of their own, so compiling or loading does not delay them.
@@ -165,19 +170,6 @@ def agree_on(what: str, values: dict[str, Any]) -> None:
         raise ValueError(f"processes see different {what}: " + "; ".join(problems))
 
 
-def differing(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Names and both values of what differs in two nested objects."""
-    a, b = _flat(before), _flat(now)
-    return [(name, a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
 def largest(value: int) -> int:
     """The largest of all processes' values, on each. All must call it."""
     if jax.process_count() == 1:
@@ -197,3 +189,36 @@ def _all_devices() -> Mesh:
 @functools.cache
 def _largest(mesh: Mesh):
     return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+
+
+# Seconds in which a file that one process wrote must be seen by the others: network file systems remember for a while
+# what was not there.
+_SEEN_WITHIN = 10.0
+
+
+def share_folder(workdir: pathlib.Path) -> None:
+    """Makes the workdir, and finds out whether all processes see what process 0 writes there.
+
+    Raises:
+      ValueError: on every process alike, when some do not.
+      OSError: in process 0 when it cannot be written; RuntimeError in the others.
+    """
+    token = workdir / f".shared-{gather(secrets.token_hex(8))[0]}"
+
+    def write() -> None:
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            token.touch()
+
+    together(write)
+    until = time.monotonic() + _SEEN_WITHIN
+    while not (seen := token.exists()) and time.monotonic() < until:
+        time.sleep(0.2)
+    answers = gather("" if seen else str(workdir.absolute()))
+    if jax.process_index() == 0:
+        token.unlink()
+    if blind := {i: where for i, where in enumerate(answers) if where}:
+        raise ValueError(
+            "the run's folder must be one that all processes share; what process 0 wrote is not in "
+            + ", ".join(f"{where} of process {i}" for i, where in blind.items())
+        )

@@ -1,16 +1,13 @@
-"""A decoder's architecture: what a checkpoint's config.json says."""
+"""A decoder's architecture, as a checkpoint's config.json says it, and that of its retention gates."""
 
 import dataclasses
 from typing import Literal
 
 import numpy as np
 
+from retention_jax.config.checks import require
 
-def require(owner: object, *checks: tuple[bool, str]) -> None:
-    """Raises ValueError with the text of every check that does not hold."""
-    problems = [text for ok, text in checks if not ok]
-    if problems:
-        raise ValueError(f"{type(owner).__name__}: " + "; ".join(problems))
+Share = Literal["layers", "layers_and_heads", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,3 +121,30 @@ class ModelConfig:
             return None
         everything = np.iinfo(np.int32).max
         return tuple(self.sliding_window if l in self.sliding_layers else everything for l in range(self.num_layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig:
+    """Retention gates: one small MLP a layer and a final projection (design in `models/gate.py`)."""
+
+    width: int = 512
+    hidden_layers: Literal[1, 2] = 2
+    share: Share = "layers"  # what the final projection, with its offset, is shared over
+    tie_offset: bool = True  # False: an offset for each layer beside a projection that `share="layers"` shares
+    offset_init: float = 18.0  # sigmoid(18) is 1 - 1.5e-8: training starts from the untouched model
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            (self.width > 0, f"width must be positive, got {self.width}"),
+            (self.init_std > 0, f"init_std must be positive, got {self.init_std}"),
+            (
+                self.tie_offset or self.share == "layers",
+                f"tie_offset=False goes with share='layers' only, got share={self.share!r}",
+            ),
+            (
+                self.hidden_layers == 2 or self.share != "layers_and_heads",
+                "share='layers_and_heads' needs hidden_layers=2: the second gives each head features of its own",
+            ),
+        )

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from retention_jax import sharding
-from retention_jax.config import AnyArray, LossConfig
+from retention_jax.config import LossConfig
 from retention_jax.kernels import ops
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
+from retention_jax.parallel import sharding
+from retention_jax.runtime.arrays import AnyArray
 
 
 class Losses(NamedTuple):

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from retention_jax.worker_process import Worker
+from retention_jax.runtime.worker_process import Worker
 
 TIME_LIMIT = 20.0  # seconds for one call of `render`
 OUTPUT_LIMIT = 2**26  # characters of one text

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped, UInt32
 
-from retention_jax import sharding
+from retention_jax.parallel import sharding
 
 
 def of(tree: Any, told: str) -> str:

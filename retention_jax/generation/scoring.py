@@ -10,13 +10,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from retention_jax import cache as cache_lib
-from retention_jax import sharding
-from retention_jax.cache import Buffer
-from retention_jax.config import AnyArray, CacheConfig
-from retention_jax.decoding import read_chunk
+from retention_jax.cache.buffer import Buffer
+from retention_jax.config import CacheConfig
+from retention_jax.generation.decoding import read_chunk
 from retention_jax.kernels import key_products
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
+from retention_jax.parallel import sharding
+from retention_jax.runtime.arrays import AnyArray
 
 _LOGITS_BLOCK = 4096  # tokens whose vocabulary logits exist at one time, in the full cache's forward pass
 

@@ -1,0 +1,1 @@
+"""From tokens to an evicted cache: prefill, decode, sampling, scoring; then text and conversations on top."""

@@ -1,0 +1,1 @@
+"""Many devices and many processes: layout on a mesh, joining, checksums that all of them share."""

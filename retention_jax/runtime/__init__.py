@@ -1,0 +1,1 @@
+"""Files, child processes, programs on disk: what a command needs of the machine it runs on."""
