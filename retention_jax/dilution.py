@@ -30,7 +30,7 @@ from absl import app, flags, logging
 from jaxtyping import Array, Bool, Float, Int
 
 from retention_jax import cache as cache_lib
-from retention_jax import dilution_plots, evaluate, policies
+from retention_jax import dilution_plots, evaluate
 from retention_jax.cache.buffer import Buffer, Entries
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig
 from retention_jax.config.conversion import from_config_dict
@@ -41,6 +41,7 @@ from retention_jax.evaluation.rows import interval
 from retention_jax.kernels import ops
 from retention_jax.models import decoder, weights
 from retention_jax.models.decoder import Decoder
+from retention_jax.models.inputs import Inputs
 from retention_jax.runtime import files
 from retention_jax.runtime.arrays import AnyArray
 
@@ -150,14 +151,14 @@ def measure(
 
     def one_chunk(buffer, chunk):
         tokens, asked, valid = chunk
-        hidden, entries, queries = decoder.extend(model, tokens, valid, buffer, queries=R)
+        hidden, entries, queries = decoder.extend(model, Inputs(tokens, valid), buffer, queries=R)
         assert queries is not None
         best = jnp.argmax(decoder.unembed(model, hidden), axis=-1).astype(jnp.int32)
         found = _masses(buffer, entries, queries, marks, asked)
         # The newest queries of a whole chunk are its last ones; behind a padded one nothing is measured.
-        wanted = policies.queries_kept(cache, R)
+        wanted = cache_lib.queries_wanted(cache, R)
         newest = queries[:, :, R - wanted :] if wanted else None
-        return cache_lib.take_in(buffer, entries, valid, newest), (*found, best)
+        return cache_lib.take_in(buffer, entries, valid, newest, prompt=False), (*found, best)
 
     chunked = (by_chunk(pad(tokens)), by_chunk(pad(asked)), by_chunk(valid))
     _, found = jax.lax.scan(one_chunk, cache_lib.empty(model.config, cache, B), chunked)

@@ -11,7 +11,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, cast, get_args
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from retention_jax import cache
-from retention_jax.config import CacheConfig, DataConfig, EvalConfig, MeshConfig, Policy, TrainConfig, conversion
+from retention_jax.config import CacheConfig, DataConfig, EvalConfig, MeshConfig, TrainConfig, conversion
 from retention_jax.data import recall, sources
 from retention_jax.evaluation import devices, rows, streams, sweep
 from retention_jax.evaluation.answers import Answers
@@ -28,13 +28,14 @@ from retention_jax.evaluation.streams import TASKS, Streams
 from retention_jax.models import gate_files, weights
 from retention_jax.models.decoder import Decoder
 from retention_jax.parallel import distributed, sharding
+from retention_jax.policies import table
 from retention_jax.runtime import hub, program_cache
 from retention_jax.tasks import load
 from retention_jax.tasks.example import Task
 from retention_jax.text import tokenizer as tokenizer_lib
 from retention_jax.text.tokenizer import Tokenizer
 
-POLICIES = ("full", "retention", "retention_local", *(p for p in get_args(Policy) if p != "retention"))
+POLICIES = ("full", "retention", "retention_local", *(p for p in table.POLICIES if p != "retention"))
 
 
 def cache_config(
@@ -64,7 +65,7 @@ def cache_config(
         case "random" | "random_keep_prompt":
             return make(policy=policy_name, seed=seed)
         case _ if policy_name in POLICIES:
-            return make(policy=cast(Policy, policy_name))
+            return make(policy=policy_name)
         case _:
             raise ValueError(f"unknown policy {policy_name!r}; known: {', '.join(POLICIES)}")
 

@@ -1,7 +1,7 @@
 """The eviction policies of the literature against NumPy written from their papers, and under the one buffer."""
 
 import dataclasses
-from typing import get_args
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,14 @@ import pytest
 from helpers import assert_close, tiny_config, tiny_model, tokens_of
 
 import retention_jax as rj
-from retention_jax import cache, evaluate, policies
+from retention_jax import cache, evaluate
 from retention_jax.cache import selection
 from retention_jax.cache.buffer import Entries
-from retention_jax.config import CacheConfig, Policy
+from retention_jax.config import CacheConfig
 from retention_jax.generation.scoring import _outlook
 from retention_jax.kernels import key_products
+from retention_jax.policies import scores, table
+from retention_jax.policies.table import POLICIES
 
 pytestmark = pytest.mark.slow
 
@@ -94,13 +96,13 @@ def test_short_functions_against_numpy(layer):
     _, k, v, pos, _ = layer
     votes = np.random.default_rng(1).random((B, K, G, E)).astype(np.float32)
     weight, redundant = votes, votes[:, :, 0]
-    alike = np.asarray(policies.key_diff(jnp.asarray(k), jnp.asarray(pos >= 0)))
+    alike = np.asarray(scores.key_diff(jnp.asarray(k), jnp.asarray(pos >= 0)))
     got = {
-        "pooled": policies.pooled(jnp.asarray(redundant), jnp.asarray(pos >= 0), 3),
-        "rkv": policies.rkv(jnp.asarray(votes[:, :, 1]), jnp.asarray(redundant), jnp.asarray(pos >= 0)),
-        "norm": policies.key_norm(jnp.asarray(k)),
-        "expected": policies.expected_attention(jnp.asarray(weight), jnp.asarray(v)),
-        "tova": policies.tova(jnp.asarray(votes)),
+        "pooled": scores.pooled(jnp.asarray(redundant), jnp.asarray(pos >= 0), 3),
+        "rkv": scores.rkv(jnp.asarray(votes[:, :, 1]), jnp.asarray(redundant), jnp.asarray(pos >= 0)),
+        "norm": scores.key_norm(jnp.asarray(k)),
+        "expected": scores.expected_attention(jnp.asarray(weight), jnp.asarray(v)),
+        "tova": scores.tova(jnp.asarray(votes)),
     }
     for b in range(B):
         np.testing.assert_allclose(got["tova"][b, 0], votes[b].mean(axis=(0, 1)), rtol=1e-6)
@@ -123,23 +125,24 @@ def test_short_functions_against_numpy(layer):
 def test_the_prompt_outlives_every_random_draw():
     cfg = CacheConfig(budget=1, policy="random_keep_prompt", seed=2)
     pos, head = jnp.arange(40, dtype=jnp.int32)[None], jnp.zeros((1, 40), jnp.int32)
-    score = np.asarray(policies.score(cfg, (pos < 20).astype(jnp.float32), pos, head, jnp.array([40])))[0]
+    entries = table.Everything((pos < 20).astype(jnp.float32), pos, head, jnp.array([40]), None)
+    score = np.asarray(cfg.row.score(cfg.options, entries)[0])[0]
     assert score[:20].min() >= 1 > score[20:].max() and len(set(score)) == 40
     log_beta = jnp.full((1, 2), -3.0)
-    assert np.asarray(policies.carried(cfg, log_beta, prompt=True)).tolist() == [[1.0, 1.0]]
-    assert np.asarray(policies.carried(cfg, log_beta, prompt=False)).tolist() == [[0.0, 0.0]]
+    assert np.asarray(cfg.row.carry(log_beta, True)).tolist() == [[1.0, 1.0]]
+    assert np.asarray(cfg.row.carry(log_beta, False)).tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("layers, budget", ((1, 8), (2, 8), (5, 100), (36, 512)))
 def test_a_pyramid_gives_exactly_the_budget_in_even_steps(layers, budget):
     cfg = CacheConfig(budget=budget, policy="pyramidkv")
     seen = jnp.array([1, budget, budget + 3, 100 * budget])
-    each = np.asarray(policies.pyramid(cfg, layers, seen))
+    each = np.asarray(scores.pyramid(cfg.budget, cfg.newest, layers, seen))
     assert (each.sum(axis=1) == layers * budget).all() and (each[:2] == budget).all()
     rest = budget - cfg.newest
     if layers > 1:
         assert each[3, 0] > budget > each[3, -1] == cfg.newest + rest // 20
-        assert each.max() <= policies.most_in_a_head(cfg, 2)
+        assert each.max() <= cfg.row.most_in_a_head(cfg.budget, 2)
         for row, count in zip(each, np.asarray(seen), strict=True):
             # Section 4: from the first layer's share down to the last one's, which is a twentieth of the mean; no more
             # for the first than there is, and the rest of it for the last.
@@ -176,7 +179,7 @@ def test_adakv_shares_a_layers_budget_by_votes():
 
 
 MODEL = tiny_model()
-NAMES = tuple(get_args(Policy))
+NAMES = tuple(POLICIES)
 
 
 def stream(cfg, tokens, lengths):
@@ -206,9 +209,9 @@ def test_every_policy_keeps_what_it_may_and_what_is_protected(policy, options):
     _, buffer = stream(cfg, tokens_of(1, 2, 24), [24, 9])
     kept = [[[len(head) for head in layer] for layer in buffer.positions(row)] for row in range(2)]
     assert np.asarray(buffer.live).tolist() == [np.sum(kept[0]), np.sum(kept[1])] == [4 * M, 4 * M]
-    by_head = policies.scope(cfg) == "head"
+    by_head = cfg.row.scope == "head"
     if by_head:
-        want = policies.pyramid(cfg, 2, jnp.array([24])) if policy == "pyramidkv" else np.full((1, 2), M)
+        want = scores.pyramid(M, cfg.newest, 2, jnp.array([24])) if policy == "pyramidkv" else np.full((1, 2), M)
         assert kept[0] == [[int(n), int(n)] for n in np.asarray(want)[0]]
     if policy == "adakv":
         assert [sum(layer) for layer in kept[0]] == [2 * M, 2 * M] and np.min(kept[0]) >= M // 5
@@ -234,7 +237,7 @@ def test_decoding_keeps_what_streaming_keeps(policy):
     for row in range(2):
         for got, expected in zip(sum(buffer.positions(row), []), sum(want.positions(row), []), strict=True):
             assert got.tolist() == expected.tolist()
-    votes = policies.queries_kept(cfg, 4)
+    votes = cache.queries_wanted(cfg, 4)
     assert buffer.nbytes == 2 * 4 * (4 + 4) * (2 * 8 + 2) * 4 + 2 * 2 * votes * 4 * 8 * 4
 
 
@@ -249,7 +252,10 @@ def test_h2o_carries_the_sum_of_attention_rows():
     buffer, seen = cache.empty(model, cfg, B), np.zeros(B, int)
     pool = [[[{} for _ in range(K)] for _ in range(L)] for _ in range(B)]  # position -> attention received
     recent: list[list[int]] = [[] for _ in range(B)]
-    take_in, append = jax.jit(cache.take_in), jax.jit(lambda *a: cache.evict_full(cache.append(*a)))
+    take_in, append = (
+        jax.jit(functools.partial(cache.take_in, prompt=False)),
+        jax.jit(lambda *a: cache.evict_full(cache.append(*a))),
+    )
     for size, counts in ((5, (5, 2)), (5, (4, 0)), *[(1, (1, 1))] * 4, (1, (0, 1)), (5, (5, 3)), *[(1, (1, 1))] * 3):
         at = seen[:, None] + np.arange(size)
         take = lambda a, axis, at=at: np.stack(
@@ -305,11 +311,11 @@ def test_the_oracle_knows_the_rest_of_the_sequence():
 
 def test_what_cannot_be_is_refused():
     oracle = CacheConfig(budget=4, recent=4, policy="oracle")
-    with pytest.raises(ValueError, match="only score_stream"):
+    with pytest.raises(ValueError, match="needs to know the future"):
         rj.prefill(MODEL, tokens_of(0, 1, 4), oracle)
-    with pytest.raises(ValueError, match="only score_stream"):
+    with pytest.raises(ValueError, match="needs to know the future"):
         rj.generate(MODEL, [[1, 2]], oracle, max_new_tokens=2)
-    with pytest.raises(ValueError, match="only score_stream"):
+    with pytest.raises(ValueError, match="needs to know the future"):
         rj.decode(MODEL, jnp.array([1]), cache.empty(MODEL.config, oracle, 1))
     with jax.set_mesh(rj.sharding.make_mesh(context=2)), pytest.raises(ValueError, match="'tova' needs whole heads"):
         cache.empty(MODEL.config, CacheConfig(budget=4, policy="tova"), 1)

@@ -13,7 +13,7 @@ import pytest
 from helpers import Kept, Step, simulate, tiny_config
 
 from retention_jax import cache
-from retention_jax.cache import buffer as buffer_module
+from retention_jax.cache import eviction
 from retention_jax.cache.buffer import Buffer, Entries
 from retention_jax.config import CacheConfig
 
@@ -49,7 +49,7 @@ def strict_promotion():
 
 @jax.jit
 def take_in(buffer, new, valid):
-    return cache.take_in(buffer, new, valid)
+    return cache.take_in(buffer, new, valid, prompt=False)
 
 
 @jax.jit
@@ -256,10 +256,10 @@ def test_evicting_again_changes_nothing(options):
     @jax.jit
     def ways(buffer):
         yet_unread = Entries(*buffer.recent)._replace(pos=-buffer.recent.pos)
-        forced = buffer_module._merge(
+        forced = eviction.merge(
             buffer, buffer.recent, nothing, rows=jnp.ones(B, bool)
         )  # the selection at the same `seen`
-        return cache.evict_full(buffer), cache.take_in(buffer, yet_unread, nothing), forced
+        return cache.evict_full(buffer), cache.take_in(buffer, yet_unread, nothing, prompt=False), forced
 
     for after in ways(buffer):
         for got, want in zip(jax.tree.leaves(after), jax.tree.leaves(buffer), strict=True):

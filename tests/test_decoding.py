@@ -13,6 +13,7 @@ from retention_jax import cache
 from retention_jax.config import CacheConfig
 from retention_jax.generation import decoding
 from retention_jax.models import decoder
+from retention_jax.models.inputs import Inputs
 
 T = 20
 ROOMY = CacheConfig(budget=T, recent=4)
@@ -143,10 +144,11 @@ def test_turns_continue_the_buffer_as_it_is(model):
         _, buffer = rj.decode(model, tokens[:, t], buffer)
 
     shadow = cache.empty(model.config, cfg, 1)
-    extend, append, take_in = (jax.jit(f) for f in (decoder.extend, cache.append, cache.take_in))
+    extend = jax.jit(functools.partial(decoder.extend, queries=0))
+    append, take_in = jax.jit(cache.append), jax.jit(functools.partial(cache.take_in, prompt=False))
     for size in (5, 5, 2, 1, 1, 5, 3, 1, 1):
         part, valid = tokens[:, len(log_beta) : len(log_beta) + size], jnp.ones((1, size), bool)
-        _, new, _ = extend(model, part, valid, shadow)
+        new = extend(model, Inputs(part, valid), shadow).entries
         shadow = append(shadow, new, valid[:, 0]) if size == 1 else take_in(shadow, new, valid)
         steps.append(("token" if size == 1 else "read", size))
         log_beta += [np.asarray(new.stat[0, :, :, t]) for t in range(size)]

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retention_jax import dilution, policies
+from retention_jax import dilution
+from retention_jax.policies import scores
 
 
 def softmax(logits):
@@ -77,7 +78,7 @@ def test_use_that_ends_with_constant_hazard_is_the_retention_score(beta, age, ho
     assert dilution.expected_use(*arrays(beta, age, horizon)) == pytest.approx(lasts[age:].sum())
     here, pos, seen = jnp.log(jnp.array([[beta]])), jnp.zeros((1, 1), jnp.int32), jnp.array([age - 1], jnp.int32)
     scored = lasts[age:].sum() if horizon > 1 else lasts[age - 1]
-    assert np.exp(policies.retention(here, pos, seen, horizon)) == pytest.approx(scored, rel=1e-4)
+    assert np.exp(scores.retention(here, pos, seen, horizon)) == pytest.approx(scored, rel=1e-4)
 
 
 def test_only_constant_hazard_is_memoryless():
@@ -103,7 +104,7 @@ def test_looking_ahead_lets_the_old_overtake_the_fresh():
         assert use(0.99, age - 1, n) > use(0.8, 0, n) > use(0.99, age + 1, n)
     # The cache's own score evicts the token of age 100 first at horizon 1, the fresh one at 64.
     log_beta, pos = jnp.log(jnp.array([[0.99, 0.8]])), jnp.array([[0, 100]], jnp.int32)
-    one, many = (policies.retention(log_beta, pos, jnp.array([101], jnp.int32), n)[0] for n in (1, 64))
+    one, many = (scores.retention(log_beta, pos, jnp.array([101], jnp.int32), n)[0] for n in (1, 64))
     assert one[0] < one[1] and many[0] > many[1] and ages[0] < 100 < ages[3]
     # With equal betas looking ahead changes nothing, and g lies between 1 and n.
     assert dilution.age_of_equal_use(*arrays(0.9, 0.9, 50)) == pytest.approx(0, abs=1e-9)

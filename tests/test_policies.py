@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from helpers import hashed
 
-from retention_jax import policies
 from retention_jax.config import CacheConfig
+from retention_jax.policies import scores, table
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def strict_promotion():
 
 def retention(log_beta, pos, seen, horizon):
     """One row."""
-    score = policies.retention(
+    score = scores.retention(
         jnp.asarray([log_beta], jnp.float32), jnp.asarray([pos], jnp.int32), jnp.asarray([seen], jnp.int32), horizon
     )
     return np.asarray(score)[0]
@@ -37,7 +37,7 @@ def test_by_hand():
 
 
 def test_every_row_counts_its_own_tokens():
-    score = policies.retention(jnp.full((2, 1), -1.0), jnp.array([[3], [3]]), jnp.array([4, 8]), 1)
+    score = scores.retention(jnp.full((2, 1), -1.0), jnp.array([[3], [3]]), jnp.array([4, 8]), 1)
     np.testing.assert_array_equal(score, [[-2.0], [-6.0]])
 
 
@@ -65,14 +65,14 @@ def test_horizon_of_an_entry_that_is_forgotten_at_once(log_beta):
 
 
 def test_streaming_keeps_sinks_then_the_newest():
-    score = np.asarray(policies.streaming(jnp.arange(40, dtype=jnp.int32)[None]))[0]
+    score = np.asarray(scores.streaming(jnp.arange(40, dtype=jnp.int32)[None]))[0]
     assert sorted(range(40), key=lambda i: -score[i])[:7] == [0, 1, 2, 3, 39, 38, 37]
     assert np.all(np.diff(score[4:]) > 0) and np.all(score[:4] == score[0]) and np.isfinite(score).all()
 
 
 def test_random_is_uniform():
     pos, head = np.divmod(np.arange(40_000, dtype=np.int32), 8)
-    score = np.asarray(policies.random(jnp.asarray(pos)[None], jnp.asarray(head)[None], 3))[0]
+    score = np.asarray(scores.random(jnp.asarray(pos)[None], jnp.asarray(head)[None], 3))[0]
     assert score.min() >= 0 and score.max() < 1
     # Each of 16 bins holds 2500 +- 48 (one standard deviation), and neighbours are uncorrelated to 1 / sqrt(40000);
     # five of either are allowed.
@@ -84,7 +84,7 @@ def test_random_is_uniform():
 
 def test_random_depends_on_seed_position_and_head_only():
     pos, head = jnp.array([[5, 5, 6, 5]]), jnp.array([[0, 1, 0, 0]])
-    one, two = (np.asarray(policies.random(pos, head, seed))[0] for seed in (0, 1))
+    one, two = (np.asarray(scores.random(pos, head, seed))[0] for seed in (0, 1))
     assert len({*one[:3], *two[:3]}) == 6 and one[0] == one[3]
     np.testing.assert_array_equal(
         one, [np.float32(hashed(int(p), int(h), 0)) for p, h in zip(pos[0], head[0], strict=True)]
@@ -95,10 +95,11 @@ def test_random_depends_on_seed_position_and_head_only():
 def test_the_configured_policy_scores(policy):
     log_beta, pos = jnp.array([[-0.5, -1.0]]), jnp.array([[7, 2]])
     head, seen = jnp.array([[0, 3]]), jnp.array([9])
-    got = policies.score(CacheConfig(budget=1, policy=policy, seed=5), log_beta, pos, head, seen)
+    cfg = CacheConfig(budget=1, policy=policy, seed=5 if policy == "random" else 0)
+    got, _ = cfg.row.score(cfg.options, table.Everything(log_beta, pos, head, seen, None))
     want = {
-        "retention": lambda: policies.retention(log_beta, pos, seen, 1),
-        "streaming": lambda: policies.streaming(pos),
-        "random": lambda: policies.random(pos, head, 5),
+        "retention": lambda: scores.retention(log_beta, pos, seen, 1),
+        "streaming": lambda: scores.streaming(pos),
+        "random": lambda: scores.random(pos, head, 5),
     }[policy]()
     np.testing.assert_array_equal(got, want)

@@ -17,6 +17,7 @@ from retention_jax.config import CacheConfig
 from retention_jax.evaluation.rows import Row
 from retention_jax.generation import decoding
 from retention_jax.models import decoder
+from retention_jax.models.inputs import Inputs
 from retention_jax.report import __main__ as command
 from retention_jax.report import page, results
 from retention_jax.report import trace as trace_lib
@@ -48,7 +49,9 @@ def traced(model):
 
 @jax.jit
 def read(model, tokens, valid, buffer):
-    return decoder.extend(model, tokens, valid, buffer)[1], decoding.read_chunk(model, tokens, valid, buffer)[1]
+    inputs = Inputs(tokens, valid)
+    alone = decoder.extend(model, inputs, buffer, queries=0)
+    return alone.entries, decoding.read_chunk(model, inputs, buffer, prompt=False)[1]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def tell(mesh: jax.sharding.Mesh | None, cfg: CacheConfig, model=TINY) -> list[B
 
     @jax.jit
     def take_in(buffer, new, valid):
-        return cache.take_in(buffer, new, valid)
+        return cache.take_in(buffer, new, valid, prompt=False)
 
     @jax.jit
     def take_token(buffer, new, active):

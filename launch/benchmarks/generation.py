@@ -15,6 +15,7 @@ import retention_jax as rj
 from retention_jax import cache as cache_lib
 from retention_jax.cache.buffer import Buffer
 from retention_jax.generation import decoding
+from retention_jax.models.inputs import Inputs
 
 from .programs import Case, Ceilings, Row, median_seconds, peak_bytes, random_prompts, rates
 from .settings import Settings, Work, decoding_work, new_model, reading_work
@@ -97,7 +98,7 @@ def _step(buffer, model, tokens, valid):
 
 
 def _chunk(buffer, model, tokens, valid):
-    hidden, buffer = decoding.read_chunk(model, tokens, valid, buffer)
+    hidden, buffer = decoding.read_chunk(model, Inputs(tokens, valid), buffer, prompt=True)
     return buffer, hidden
 
 

@@ -88,7 +88,7 @@ def mass_cases(settings: Settings) -> Iterator[Case]:
 
 
 def _select(score, pos, head, live, capacity: int) -> jax.Array:
-    return ops.select_top(score, pos, head, live, capacity=capacity, groups=1, shared=0)
+    return ops.select_top(score, pos, head, live, capacity=capacity, groups=1, heads_of_group=1, shared=0)
 
 
 def _sort(score, pos, head, live, capacity: int) -> jax.Array:

@@ -1,5 +1,34 @@
-"""The buffer and what it keeps. `buffer` holds the state, `selection` says which entries survive."""
+"""The buffer and what it keeps.
 
-from retention_jax.cache.buffer import Buffer, Entries, Windows, append, attend, empty, evict_full, layout, take_in
+`buffer.py` holds the state and attends to it, `eviction.py` changes it, `selection.py` says which entries survive.
+"""
 
-__all__ = ["Buffer", "Entries", "Windows", "append", "attend", "empty", "evict_full", "layout", "take_in"]
+from retention_jax.cache.buffer import (
+    Buffer,
+    Entries,
+    Windows,
+    attend,
+    empty,
+    full_nbytes,
+    layout,
+    queries_wanted,
+    shapes,
+    window_sizes,
+)
+from retention_jax.cache.eviction import append, evict_full, take_in
+
+__all__ = [
+    "Buffer",
+    "Entries",
+    "Windows",
+    "append",
+    "attend",
+    "empty",
+    "evict_full",
+    "full_nbytes",
+    "layout",
+    "queries_wanted",
+    "shapes",
+    "take_in",
+    "window_sizes",
+]

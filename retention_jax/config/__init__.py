@@ -13,7 +13,7 @@ Axis letters used in every signature of the package:
     W gate width           R recent window                C prefill chunk
 """
 
-from retention_jax.config.cache import GLOBAL, OBSERVING, PYRAMID, CacheConfig, Policy
+from retention_jax.config.cache import CacheConfig
 from retention_jax.config.evaluation import EvalConfig
 from retention_jax.config.model import GateConfig, ModelConfig, RopeScaling, Share
 from retention_jax.config.run import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
@@ -22,15 +22,11 @@ __all__ = [
     "CacheConfig",
     "DataConfig",
     "EvalConfig",
-    "GLOBAL",
     "GateConfig",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",
-    "OBSERVING",
     "OptimizerConfig",
-    "PYRAMID",
-    "Policy",
     "RopeScaling",
     "Share",
     "TrainConfig",

@@ -1,54 +1,42 @@
 """What the buffer of one run keeps."""
 
 import dataclasses
-from typing import Literal
 
 from retention_jax.config.checks import require
+from retention_jax.policies import table
+from retention_jax.policies.table import POLICIES, Policy
 
-Policy = Literal[
-    "retention",
-    "streaming",
-    "random",
-    "random_keep_prompt",
-    "key_norm",
-    "key_diff",
-    "tova",
-    "h2o",
-    "snapkv",
-    "pyramidkv",
-    "adakv",
-    "rkv",
-    "expected_attention",
-    "oracle",
-]
-# Policies that rank the entries of all layers and heads together; the others fix what each head or layer gets.
-GLOBAL = ("retention", "streaming", "random", "random_keep_prompt", "oracle")
-OBSERVING = ("snapkv", "pyramidkv", "adakv", "rkv")  # the newest queries vote
-PYRAMID = 20  # PyramidKV's beta: the last layer gets a 20th of the mean (arXiv 2406.02069)
+# Fields that only some policies honour; the others refuse them rather than ignore them.
+_OF_SOME_POLICIES = ("horizon", "threshold", "seed", "observe", "pool_width")
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """The global key/value buffer of one run: how much is kept, and by which score (`policies.py` says how)."""
+    """The global key/value buffer of one run: how much is kept, and by which score (`policies/table.py` lists them)."""
 
     budget: int  # M
     recent: int = 128  # R: tokens between two evictions
-    policy: Policy = "retention"
+    policy: str = table.DEFAULT
     prefill_chunk: int | None = None  # tokens of the prompt read at a time; None reads it in one pass, then evicts
     protect_first: int = 0  # the first tokens of the sequence stay in every head
     protect_last: int = 0  # the last tokens of the sequence stay in every head
     min_per_head: int = 0  # every head keeps its best few; the rest of the budget is ranked globally
     threshold: float | None = None  # keep only score >= log(threshold), still capped by the budget
-    horizon: int = 1  # steps of future use that the retention score counts
+    horizon: int = 1  # steps of future use that the score counts
     local: bool = False  # M for each layer and head, in place of L*K*M for all together
-    seed: int = 0  # of the random policies
-    # snapkv, pyramidkv, adakv, rkv: how many of the newest queries vote. Their entries stay, as far as half the budget.
-    observe: int = 32
-    pool_width: int = 7  # neighbouring entries that share the best vote among them, in the same policies
+    seed: int = 0  # of random draws
+    observe: int = 32  # how many of the newest queries vote. Their entries stay, as far as half the budget.
+    pool_width: int = 7  # neighbouring entries that share the best vote among them
 
     def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            full = "; for a cache that keeps everything, use CacheConfig.full(tokens)" * (self.policy == "full")
+            raise ValueError(f"CacheConfig: {table.unknown(self.policy)}{full}")
         reserved = max(self.protect_first + self.protect_last, self.min_per_head)
-        least = self.newest + (self.budget - self.newest) // PYRAMID
+        least = self.row.least_in_a_head(self.budget, self.newest)
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        ranking_all = ", ".join(row.name for row in POLICIES.values() if row.scope == "all")
+        honour = lambda option: ", ".join(row.name for row in POLICIES.values() if option in row.options)
         require(
             self,
             (self.budget >= 1, f"budget must be at least 1, got {self.budget}"),
@@ -70,34 +58,52 @@ class CacheConfig:
                 self.threshold is None or 0 < self.threshold <= 1,
                 f"threshold must be None or in (0, 1], got {self.threshold}",
             ),
+            (
+                self.threshold != 1 or reserved > 0,
+                "threshold=1 keeps nothing but what is protected, and nothing is: lower it, or set min_per_head, "
+                "protect_first or protect_last",
+            ),
             (self.horizon >= 1, f"horizon must be at least 1, got {self.horizon}"),
-            (
-                self.policy == "retention" or (self.horizon == 1 and self.threshold is None),
-                f"horizon and threshold belong to policy='retention', got policy={self.policy!r}",
-            ),
-            (
-                self.policy in GLOBAL or not self.local,
-                f"local=True goes with the policies {', '.join(GLOBAL)}; {self.policy!r} says itself what a head gets",
-            ),
             (self.observe >= 1, f"observe must be at least 1, got {self.observe}"),
             (
                 self.pool_width >= 1 and self.pool_width % 2 == 1,
                 f"pool_width must be odd and at least 1, got {self.pool_width}",
             ),
+            *[
+                (
+                    option in self.row.options or getattr(self, option) == default[option],
+                    f"{option} belongs to the policies {honour(option)}; got {option}={getattr(self, option)} with "
+                    f"policy={self.policy!r}",
+                )
+                for option in _OF_SOME_POLICIES
+            ],
             (
-                self.policy in OBSERVING or (self.observe, self.pool_width) == (32, 7),
-                f"observe and pool_width belong to the policies {', '.join(OBSERVING)}, got policy={self.policy!r}",
+                self.row.scope == "all" or not self.local,
+                f"local=True goes with the policies {ranking_all}; {self.policy!r} says itself what a head gets",
             ),
             (
-                self.policy != "pyramidkv" or reserved <= least,
-                f"what is protected or kept in every head must fit in pyramidkv's smallest layer, {least} entries a "
-                f"head, got {reserved}",
+                reserved <= max(least, 0) or reserved > self.budget,
+                f"what is protected or kept in every head must fit in the smallest head that {self.policy!r} makes, "
+                f"{least} entries, got {reserved}",
             ),
         )
+
+    @classmethod
+    def full(cls, tokens: int, *, recent: int = 128, prefill_chunk: int | None = None) -> "CacheConfig":
+        """A cache that keeps everything of a sequence of up to `tokens` tokens, prompt and answer together."""
+        return cls(budget=tokens, recent=recent, prefill_chunk=prefill_chunk)
+
+    @property
+    def row(self) -> Policy:
+        """The policy's row of the table."""
+        return POLICIES[self.policy]
 
     @property
     def newest(self) -> int:
         """The newest tokens that the policy itself keeps in every head; at most half the budget."""
-        if self.policy == "h2o":
-            return self.budget // 2
-        return min(self.observe, self.budget // 2) if self.policy in OBSERVING else 0
+        return self.row.newest(self.budget, self.observe)
+
+    @property
+    def options(self) -> table.Options:
+        """What the policy's score function is told."""
+        return table.Options(self.budget, self.horizon, self.seed, self.observe, self.pool_width, self.newest)

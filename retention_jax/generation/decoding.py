@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from retention_jax import cache as cache_lib
+from retention_jax import cache as cache_room
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
 from retention_jax.generation import sampling
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
+from retention_jax.models.inputs import Inputs, chunk_of, padded
 from retention_jax.parallel import sharding
 from retention_jax.runtime.arrays import AnyArray
 
@@ -39,32 +40,44 @@ def _on_its_mesh(function: Callable[Concatenate[Decoder, P], R]) -> Callable[Con
 
 def read_chunk(
     model: Decoder,
-    tokens: Int[Array, "B C"],
-    valid: Bool[Array, "B C"],
+    inputs: Inputs,
     buffer: Buffer,
+    *,
+    prompt: bool,
     length: Int[Array, " B"] | None = None,
     outlook: Float[Array, "B L K all"] | None = None,
 ) -> tuple[Float[Array, "B C D"], Buffer]:
     """Attends to buffer and chunk, runs all layers, merges the chunk into the pool. Returns final hidden states.
 
-    `length`: tokens of each row once its whole prompt is read, as `decoder.extend` has it.
-    `outlook` as in `cache.take_in`.
+    Args:
+      model: the decoder.
+      inputs: the chunk, [B, C].
+      buffer: what is remembered so far.
+      prompt: whether the chunk is part of a prompt, which some policies keep.
+      length: tokens of each row once its whole prompt is read, as in `decoder.extend`.
+      outlook: as in `cache.take_in`.
     """
-    hidden, new, queries = decoder.extend(model, tokens, valid, buffer, length)
-    return hidden, cache_lib.take_in(buffer, new, valid, queries, outlook)
+    wanted = cache_room.queries_wanted(buffer.config, inputs.tokens.shape[1])
+    read, valid = decoder.extend(model, inputs, buffer, queries=wanted, length=length), jnp.asarray(inputs.valid)
+    return read.hidden, cache_room.take_in(buffer, read.entries, valid, read.queries, outlook, prompt=prompt)
 
 
 def decode_step(
     model: Decoder, tokens: Int[Array, " B"], active: Bool[Array, " B"], buffer: Buffer
 ) -> tuple[Float[Array, "B V"], Buffer]:
     """Reads one token a row into the recent window, without evicting. An inactive row takes nothing in."""
-    hidden, new, queries = decoder.extend(model, tokens[:, None], active[:, None], buffer)
-    return decoder.unembed(model, hidden[:, 0]), cache_lib.append(buffer, new, active, queries)
+    inputs, wanted = Inputs(tokens[:, None], active[:, None]), cache_room.queries_wanted(buffer.config, 1)
+    read = decoder.extend(model, inputs, buffer, queries=wanted)
+    return decoder.unembed(model, read.hidden[:, 0]), cache_room.append(buffer, read.entries, active, read.queries)
 
 
 @functools.partial(jax.jit, donate_argnames=("buffer", "last"))
-def _prefill_chunk(model, tokens, valid, buffer, last, length):
-    hidden, buffer = read_chunk(model, tokens, valid, buffer, length)
+def _prefill_chunk(
+    model: Decoder, inputs: Inputs, buffer: Buffer, last: Float[Array, "B D"], length: Int[Array, " B"]
+) -> tuple[Float[Array, "B D"], Buffer]:
+    """Reads a chunk of prompts. `last` is the hidden state of each row's newest token, before and after."""
+    hidden, buffer = read_chunk(model, inputs, buffer, prompt=True, length=length)
+    valid = jnp.asarray(inputs.valid)
     end = jnp.maximum(valid.sum(axis=1) - 1, 0)
     newest = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
     return jnp.where(valid.any(axis=1)[:, None], newest, last), buffer
@@ -98,21 +111,18 @@ def prefill(
     least = 1 if buffer is None else 0
     if T < 1 or count.shape != (B,) or count.min() < least or count.max() > T:
         raise ValueError(f"lengths must be {B} numbers from {least} to T={T}, T at least 1; got {count.tolist()}")
-    held = cache_lib.empty(model.config, cache, B) if buffer is None else buffer
+    held = cache_room.empty(model.config, cache, B) if buffer is None else buffer
     if held.config != cache or held.seen.shape != (B,):
         raise ValueError(
             f"the buffer to continue must have the batch size and configuration of this call, {B} and {cache}; "
             f"got {held.seen.shape[0]} and {held.config}"
         )
     chunk = min(cache.prefill_chunk or T, T)
-    # Every chunk has one shape, so that one compiled program reads a prompt of any length.
-    padded = np.zeros((B, -(-T // chunk) * chunk), np.int32)
-    padded[:, :T] = np.asarray(tokens)
     last = jnp.zeros((B, model.config.width), model.config.dtype)
     length = held.seen + jnp.asarray(count, jnp.int32)
     for start in range(0, max(int(count.max()), 1), chunk):
-        valid = np.arange(start, start + chunk)[None] < count[:, None]
-        last, held = _prefill_chunk(model, padded[:, start : start + chunk], valid, held, last, length)
+        # Every chunk has one shape, so that one compiled program reads a prompt of any length.
+        last, held = _prefill_chunk(model, chunk_of(tokens, count, start, chunk), held, last, length)
     return _unembed(model, last), held
 
 
@@ -134,7 +144,7 @@ def decode(model: Decoder, next_tokens: Int[AnyArray, " B"], buffer: Buffer) -> 
 def _evict_if_full(buffer: Buffer) -> Buffer:
     """A loop of one turn or none: a conditional would copy the pool where nothing is evicted."""
     with jax.named_scope("evict"):  # for profiles, and for the test that nothing else writes a pool
-        return jax.lax.while_loop(_is_full, cache_lib.evict_full, buffer)
+        return jax.lax.while_loop(_is_full, cache_room.evict_full, buffer)
 
 
 def _is_full(buffer: Buffer) -> Bool[Array, ""]:
@@ -193,9 +203,7 @@ def generate(
     _check_prompts(model, prompts, row_ids, max_new_tokens)
     drawing = sampling.settings(temperature, top_k, top_p, min_p)
     lengths = [len(p) for p in prompts]
-    tokens = np.zeros((len(prompts), bucket(max(lengths), cache.prefill_chunk)), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    tokens = padded(prompts, bucket(max(lengths), cache.prefill_chunk))
     how = (
         jax.random.key(seed),
         jnp.asarray(row_ids, jnp.int32),
@@ -262,7 +270,7 @@ def _stats(
         "live": float(sharding.on_host(buffer.live).sum()),
         "full_live": float(seen * heads),
         "kv_bytes": float(buffer.nbytes),
-        "full_kv_bytes": float(seen * heads * cfg.head_size * 2 * jnp.dtype(cfg.dtype).itemsize),
+        "full_kv_bytes": float(cache_room.full_nbytes(cfg, seen)),
     }
 
 

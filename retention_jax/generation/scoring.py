@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from retention_jax import cache as cache_lib
+from retention_jax import cache as cache_room
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
 from retention_jax.generation.decoding import read_chunk
-from retention_jax.kernels import key_products
+from retention_jax.kernels import ops
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
+from retention_jax.models.inputs import Inputs
 from retention_jax.parallel import sharding
 from retention_jax.runtime.arrays import AnyArray
 
@@ -60,8 +61,8 @@ def score_stream(
       ValueError: when batch or budget do not fit the mesh that the model is on.
     """
     with sharding.enter_mesh_of(model):
-        empty = functools.partial(cache_lib.empty, model.config, cache, tokens.shape[0])
-        outlook = functools.partial(_outlook, cache=cache) if cache.policy == "oracle" else None
+        empty = functools.partial(cache_room.empty, model.config, cache, tokens.shape[0])
+        outlook = functools.partial(_outlook, cache=cache) if cache.row.needs_future else None
         scores, buffer = StreamPrograms(cache.recent, empty, outlook, _score_chunk).read(model, tokens, lengths)
         together = lambda parts: jnp.concatenate(parts, axis=1)[:, : tokens.shape[1] - 1]
         return Scores(*map(together, zip(*scores, strict=True))), buffer
@@ -104,10 +105,10 @@ def compile_stream(
     with sharding.enter_mesh_of(model):
         R = cache.recent
         chunks = -(-length // R)
-        empty = jax.jit(functools.partial(cache_lib.empty, model.config, cache, batch)).lower().compile()
+        empty = jax.jit(functools.partial(cache_room.empty, model.config, cache, batch)).lower().compile()
         tokens, valid = np.zeros((batch, chunks * R + 1), np.int32), np.ones((batch, chunks * R), bool)
         outlook, known = None, None
-        if cache.policy == "oracle":
+        if cache.row.needs_future:
             outlook = _outlook.lower(model, tokens[:, :-1], valid, cache=cache).compile()
             known = jax.lax.dynamic_index_in_dim(outlook(model, tokens[:, :-1], valid), 0, keepdims=False)
         chunk = _score_chunk.lower(model, empty(), tokens[:, : R + 1], valid[:, :R], known).compile()
@@ -124,7 +125,7 @@ def _score_chunk(
     outlook: Float[Array, "B L K all"] | None,
 ) -> tuple[Buffer, Scores]:
     """Reads all tokens but the last, which is only predicted; what was kept of them, and how they were predicted."""
-    hidden, buffer = read_chunk(model, tokens[:, :-1], valid, buffer, outlook=outlook)
+    hidden, buffer = read_chunk(model, Inputs(tokens[:, :-1], valid), buffer, prompt=False, outlook=outlook)
     log_probs = jax.nn.log_softmax(decoder.unembed(model, hidden), axis=-1)
     log_prob = jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
     scores = Scores(log_prob, jnp.argmax(log_probs, axis=-1).astype(jnp.int32))
@@ -141,18 +142,19 @@ def _outlook(
     Ranking by it is the oracle: greedy on the full cache's attention, and so not the best that could be kept.
     """
     (B, T), cfg, R = tokens.shape, model.config, cache.recent
-    nothing = cache_lib.empty(cfg, CacheConfig(budget=1, recent=1), B)
-    _, new, q = decoder.extend(model, tokens, valid, nothing, queries=T)
-    assert q is not None
+    nothing = cache_room.empty(cfg, CacheConfig(budget=1, recent=1), B)
+    read = decoder.extend(model, Inputs(tokens, valid), nothing, queries=T)
+    new, q = read.entries, read.queries
+    assert q is not None  # T of them were asked for
 
     def one_layer(l):
         k, pos = (jax.lax.dynamic_index_in_dim(a, l, 1, keepdims=False) for a in (new.k, new.pos))
         of_layer = jax.lax.dynamic_index_in_dim(q, l, 1, keepdims=False)
-        window = None if cfg.windows is None else jnp.asarray(cfg.windows, jnp.int32)[l]
+        window = None if cfg.windows is None else cache_room.window_sizes(cfg.windows)[l]
 
         def one_chunk(start):
             cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start, R, 1)
-            return key_products.received(cut(of_layer), cut(pos[:, 0]), k, pos, window).sum(axis=2)
+            return ops.attention_received(cut(of_layer), cut(pos[:, 0]), k, pos, window).sum(axis=2)
 
         got = jax.lax.map(one_chunk, jnp.arange(0, T, R, dtype=jnp.int32))
         return jnp.flip(jnp.cumsum(jnp.flip(got, 0), axis=0), 0) - got

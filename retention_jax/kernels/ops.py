@@ -39,17 +39,22 @@ from retention_jax.kernels import (
 )
 from retention_jax.kernels.buffer_attention_xla import Window
 from retention_jax.kernels.evict_xla import slot_heads
+from retention_jax.kernels.key_products import expected_weight, redundancy
+from retention_jax.kernels.key_products import received as attention_received
 from retention_jax.kernels.partial_softmax import Partial, merge
 
 __all__ = [
     "Partial",
     "Window",
+    "attention_received",
     "buffer_attention",
     "causal_attention",
+    "expected_weight",
     "implementation",
     "merge",
     "pack_order",
     "pack_rows",
+    "redundancy",
     "retention_attention",
     "retention_mass",
     "select_top",
@@ -176,20 +181,25 @@ def select_top(
     head: Int[Array, "B E"],
     live: Bool[Array, "B E"],
     *,
-    capacity: int,
+    capacity: int | Int[Array, "B groups"],
     groups: int,
+    heads_of_group: int,
     shared: int,
 ) -> Bool[Array, "B E"]:
-    """The best entries of each row, or of each head of each row: `evict_xla.select_top`.
+    """The best entries of each row, or of each group of heads of each row: `evict_xla.select_top`.
 
-    Devices that share a pool count together between the steps of the search, which no kernel does. The TPU's holds all
-    keys of a sequence on the chip: more than fit, as of a full cache, are searched by XLA too. On GPU XLA fuses every
-    step into one read of the keys; whether a kernel would be faster has not been measured.
+    XLA does what the TPU's kernel cannot: devices that share a pool count together between the steps of the search,
+    groups are of several heads or have capacities of their own, and the keys of a sequence, as of a full cache, are
+    more than fit on the chip. On GPU XLA fuses every step into one read of the keys; no kernel has been measured there.
     """
-    operations = {"tpu": evict_select_tpu.select_top, "triton": evict_xla.select_top, "xla": evict_xla.select_top}
-    in_one_place = slot_shards.count() == 1 and blocks.select_vmem_bytes(score.shape[1]) <= blocks.VMEM_BUDGET
-    operation = operations[implementation()] if in_one_place else evict_xla.select_top
-    return operation(score, pos, head, live, capacity=capacity, groups=groups, shared=shared)
+    whole = groups == 1 or heads_of_group == 1  # a row's entries together, or each head's
+    on_chip = blocks.select_vmem_bytes(score.shape[1]) <= blocks.VMEM_BUDGET
+    if implementation() == "tpu" and isinstance(capacity, int) and whole and on_chip and slot_shards.count() == 1:
+        return evict_select_tpu.select_top(score, pos, head, live, capacity=capacity, groups=groups, shared=shared)
+    each = 1 if groups == 1 else heads_of_group  # of one group nobody asks which it is
+    return evict_xla.select_top(
+        score, pos, head, live, capacity=capacity, groups=groups, shared=shared, heads_of_group=each
+    )
 
 
 def pack_order(

@@ -4,19 +4,21 @@
 back what the caller needs to decide about memory; neither knows the budget.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from retention_jax import cache as cache_lib
-from retention_jax import policies
+from retention_jax import cache
 from retention_jax.cache.buffer import Buffer, Entries
 from retention_jax.config import GateConfig, ModelConfig
 from retention_jax.kernels import ops
-from retention_jax.models import gate as gate_lib
-from retention_jax.models import layers as layers_lib
 from retention_jax.models import rope
+from retention_jax.models.gate import FinalProjection, GateFeatures, log_retention
+from retention_jax.models.inputs import Inputs
+from retention_jax.models.layers import rms_norm, swiglu
 from retention_jax.parallel import sharding
 from retention_jax.runtime.arrays import AnyArray
 
@@ -45,20 +47,20 @@ class Layer(nnx.Module):
             weight(F, D, fan_in=F),
         )
         self.gate_bias, self.up_bias, self.down_bias = (zeros(cfg.mlp_bias, size) for size in (F, F, D))
-        self.retention = gate_lib.GateFeatures(cfg, gate, rngs=rngs)
+        self.retention = GateFeatures(cfg, gate, rngs=rngs)
         self.norm_eps = cfg.norm_eps
 
     def project(
         self, x: Float[Array, "B T D"], turn: rope.Rotation
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T heads W"]]:
         """Rotated queries and keys, values, and gate features of the hidden state that enters attention."""
-        normed = layers_lib.rms_norm(x, self.attention_norm[...], self.norm_eps)
+        normed = rms_norm(x, self.attention_norm[...], self.norm_eps)
         q, k, v = (jnp.einsum("btd,dnh->btnh", normed, w[...]) for w in (self.q, self.k, self.v))
         if self.q_bias is not None and self.k_bias is not None and self.v_bias is not None:
             q, k, v = (a + b[...][None, None] for a, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
         if self.q_norm is not None and self.k_norm is not None:
-            q = layers_lib.rms_norm(q, self.q_norm[...], self.norm_eps)
-            k = layers_lib.rms_norm(k, self.k_norm[...], self.norm_eps)
+            q = rms_norm(q, self.q_norm[...], self.norm_eps)
+            k = rms_norm(k, self.k_norm[...], self.norm_eps)
         return rope.apply_rope(q, turn), rope.apply_rope(k, turn), v, self.retention(normed)
 
     def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
@@ -68,8 +70,8 @@ class Layer(nnx.Module):
         biases = None
         if self.gate_bias is not None and self.up_bias is not None and self.down_bias is not None:
             biases = (self.gate_bias[...], self.up_bias[...], self.down_bias[...])
-        normed = layers_lib.rms_norm(x, self.mlp_norm[...], self.norm_eps)
-        return x + layers_lib.swiglu(normed, self.gate_proj[...], self.up_proj[...], self.down_proj[...], biases)
+        normed = rms_norm(x, self.mlp_norm[...], self.norm_eps)
+        return x + swiglu(normed, self.gate_proj[...], self.up_proj[...], self.down_proj[...], biases)
 
 
 class Decoder(nnx.Module):
@@ -84,7 +86,7 @@ class Decoder(nnx.Module):
         self.embedding = embedding()
         self.lm_head = None if cfg.tie_embeddings else embedding()
         self.final_norm = nnx.Param(jnp.ones(cfg.width, dtype))
-        self.final_projection = gate_lib.FinalProjection(cfg, gate, rngs=rngs)
+        self.final_projection = FinalProjection(cfg, gate, rngs=rngs)
         stack = nnx.vmap(lambda r: Layer(cfg, gate, rngs=r), in_axes=0, out_axes=0)
         self.layers = stack(rngs.split(cfg.num_layers))
 
@@ -135,68 +137,77 @@ def forward(
         layer, weight, offset, window = scanned
         layer = sharding.gathered(layer)
         q, k, v, features = layer.project(x, turn)
-        log_beta = sharding.constrain(gate_lib.log_retention(features, weight, offset), "log_beta")
+        log_beta = sharding.constrain(log_retention(features, weight, offset), "log_beta")
         bias = log_beta if with_retention else jnp.zeros_like(log_beta)
         attended = sharding.constrain(ops.retention_attention(q, k, v, bias, segment_ids, window), "heads")
         return sharding.constrain(layer.finish(x, attended), "hidden"), log_beta
 
     x = sharding.constrain(sharding.constrain(model.embedding[...][tokens], "embedded"), "hidden")
-    windows = None if cfg.windows is None else jnp.asarray(cfg.windows, jnp.int32)
+    windows = None if cfg.windows is None else cache.window_sizes(cfg.windows)
     scanned = (model.layers, *model.final_projection.per_layer(cfg.num_layers, cfg.num_kv_heads), windows)
     x, log_beta = jax.lax.scan(jax.checkpoint(layer_step) if remat else layer_step, x, scanned)
-    return layers_lib.rms_norm(x, model.final_norm[...], cfg.norm_eps), log_beta.transpose(1, 0, 2, 3)
+    return rms_norm(x, model.final_norm[...], cfg.norm_eps), log_beta.transpose(1, 0, 2, 3)
+
+
+class Extended(NamedTuple):
+    """What reading new tokens gives."""
+
+    hidden: Float[Array, "B T D"]  # final hidden states, normed; anything at padding
+    entries: Entries  # [B, L, K, T, ...], for the cache to take in; `stat` is their log_beta
+    queries: Float[Array, "B L Q N H"] | None  # each row's newest; where a row has fewer, its first Q; None: not asked
 
 
 def extend(
     model: Decoder,
-    tokens: Int[Array, "B T"],
-    valid: Bool[Array, "B T"],
+    inputs: Inputs,
     buffer: Buffer,
+    *,
+    queries: int,
     length: Int[Array, " B"] | None = None,
-    queries: int | None = None,
-) -> tuple[Float[Array, "B T D"], Entries, Float[Array, "B L Q N H"] | None]:
-    """Reads new tokens on top of the buffer, with ordinary attention over pool, recent window and themselves.
+) -> Extended:
+    """Reads new tokens on top of the buffer, with ordinary attention over pool, recent tokens and themselves.
 
-    `valid` marks real tokens, which come first in each row. Returns final hidden states (normed; anything at padding)
-    the new entries [B, L, K, T, ...] for the cache to take in, and each row's `queries` newest queries, by default as
-    many as the cache's policy wants (None for 0; the first Q where a row has no more). The buffer itself is only read.
+    The buffer is only read; the caller lets the cache take the new entries in.
 
-    `length` is how many tokens each row has once the prompt is read whose part this is, by default once these tokens
-    are, and then they are no prompt: longrope turns all of a long prompt by its factors for long sequences, also in
-    chunks. Entries made while a sequence was short stay as they were turned, as with a cache of `transformers`.
+    Args:
+      model: the decoder.
+      inputs: the new tokens, [B, T].
+      buffer: what is remembered so far.
+      queries: how many of each row's newest queries to hand back.
+      length: tokens that each row will have once its whole prompt is read; None: once these tokens are read. Longrope
+        turns all of a long prompt by its factors for long sequences, also where it is read in chunks. Entries made
+        while a sequence was short stay as they were turned, as with a cache of `transformers`.
     """
-    cfg = model.config
-    prompt = length is not None
+    cfg, tokens, valid = model.config, *map(jnp.asarray, inputs)
     length = buffer.seen + valid.sum(axis=1, dtype=jnp.int32) if length is None else length
     pos = buffer.seen[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     turn = rope.rotation(pos, length[:, None], cfg)
-    wanted = policies.queries_kept(buffer.config, tokens.shape[1]) if queries is None else queries
-    first = jnp.maximum(valid.sum(axis=1, dtype=jnp.int32) - wanted, 0)
+    first = jnp.maximum(valid.sum(axis=1, dtype=jnp.int32) - queries, 0)
+    newest_of_row = jax.vmap(lambda q, at: jax.lax.dynamic_slice_in_dim(q, at, queries))
 
     def layer_step(x, scanned):
         layer, weight, offset, index, window = scanned
         layer = sharding.gathered(layer, table=sharding.DECODING)
         q, k, v, features = layer.project(x, turn)
         k, v = (sharding.constrain(a, "cached") for a in (k, v))
-        stat = policies.carried(buffer.config, gate_lib.log_retention(features, weight, offset), prompt=prompt)
-        asking = jax.vmap(lambda q, at: jax.lax.dynamic_slice_in_dim(q, at, wanted))(q, first) if wanted else None
-        attended = ops.merge([cache_lib.attend(buffer, q, index), ops.causal_attention(q, k, v, window)]).out
+        log_beta = log_retention(features, weight, offset)
+        newest = newest_of_row(q, first) if queries else None
+        attended = ops.merge([cache.attend(buffer, q, index), ops.causal_attention(q, k, v, window)]).out
         attended = sharding.constrain(attended.astype(q.dtype), "heads")
         x = sharding.constrain(layer.finish(x, attended), "hidden")
-        return x, (k.swapaxes(1, 2), v.swapaxes(1, 2), stat, asking)
+        return x, (k.swapaxes(1, 2), v.swapaxes(1, 2), log_beta, newest)
 
     x = sharding.constrain(sharding.constrain(model.embedding[...][tokens], "embedded"), "hidden")
     weight, offset = model.final_projection.per_layer(cfg.num_layers, cfg.num_kv_heads)
-    windows = None if cfg.windows is None else jnp.asarray(cfg.windows, jnp.int32)
+    windows = None if cfg.windows is None else cache.window_sizes(cfg.windows)
     scanned = (model.layers, weight, offset, jnp.arange(cfg.num_layers), windows)
-    x, (k, v, stat, asking) = jax.lax.scan(layer_step, x, scanned)
+    x, (k, v, log_beta, newest) = jax.lax.scan(layer_step, x, scanned)
     by_row = lambda a: a.swapaxes(0, 1)
-    everywhere = jnp.broadcast_to(jnp.where(valid, pos, -1)[:, None, None], by_row(stat).shape)
-    entries = Entries(by_row(k), by_row(v), by_row(stat), everywhere)
-    return (
-        layers_lib.rms_norm(x, model.final_norm[...], cfg.norm_eps),
-        entries,
-        None if asking is None else by_row(asking),
+    everywhere = jnp.broadcast_to(jnp.where(valid, pos, -1)[:, None, None], by_row(log_beta).shape)
+    return Extended(
+        rms_norm(x, model.final_norm[...], cfg.norm_eps),
+        Entries(by_row(k), by_row(v), by_row(log_beta), everywhere),
+        None if newest is None else by_row(newest),
     )
 
 

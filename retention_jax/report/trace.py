@@ -29,6 +29,7 @@ from retention_jax.config import CacheConfig, TrainConfig, conversion
 from retention_jax.data import recall
 from retention_jax.models import decoder, weights
 from retention_jax.models.decoder import Decoder
+from retention_jax.models.inputs import Inputs
 from retention_jax.parallel import sharding
 from retention_jax.runtime import files, hub, program_cache
 from retention_jax.text import tokenizer
@@ -69,8 +70,9 @@ def _read(
     model: Decoder, tokens: Int[Array, "B C"], valid: Bool[Array, "B C"], buffer: Buffer
 ) -> tuple[Float[Array, "B L K C"], Buffer]:
     """What the new entries carry for the policy, and the buffer that took them in."""
-    _, new, queries = decoder.extend(model, tokens, valid, buffer)
-    return new.stat, cache_lib.take_in(buffer, new, valid, queries)
+    inputs, wanted = Inputs(tokens, valid), cache_lib.queries_wanted(buffer.config, tokens.shape[1])
+    read = decoder.extend(model, inputs, buffer, queries=wanted)
+    return read.entries.stat, cache_lib.take_in(buffer, read.entries, valid, read.queries, prompt=False)
 
 
 def record(
