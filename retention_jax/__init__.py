@@ -6,7 +6,7 @@ cache = rj.CacheConfig(budget=512, recent=128, policy="retention", prefill_chunk
 out = rj.generate(model, prompts, cache, max_new_tokens=256)
 """
 
-from retention_jax.cache.buffer import Buffer
+from retention_jax.cache import Buffer, insert_row, reset_row, take_row
 from retention_jax.config import CacheConfig, GateConfig, LossConfig, ModelConfig, TrainConfig
 from retention_jax.generation.decoding import Output, decode, generate, prefill
 from retention_jax.generation.scoring import score_stream
@@ -27,11 +27,14 @@ __all__ = [
     "TrainConfig",
     "decode",
     "generate",
+    "insert_row",
     "load",
     "losses",
     "prefill",
+    "reset_row",
     "save_backbone",
     "save_gates",
     "score_stream",
     "sharding",
+    "take_row",
 ]

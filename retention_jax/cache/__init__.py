@@ -1,6 +1,7 @@
 """The buffer and what it keeps.
 
-`buffer.py` holds the state and attends to it, `eviction.py` changes it, `selection.py` says which entries survive.
+`buffer.py` holds the state and attends to it, `eviction.py` changes it, `selection.py` says which entries survive,
+`rows.py` puts rows in and takes them out.
 """
 
 from retention_jax.cache.buffer import (
@@ -16,6 +17,7 @@ from retention_jax.cache.buffer import (
     window_sizes,
 )
 from retention_jax.cache.eviction import append, evict_full, take_in
+from retention_jax.cache.rows import insert_row, reset_row, take_row
 
 __all__ = [
     "Buffer",
@@ -26,9 +28,12 @@ __all__ = [
     "empty",
     "evict_full",
     "full_nbytes",
+    "insert_row",
     "layout",
     "queries_wanted",
+    "reset_row",
     "shapes",
     "take_in",
+    "take_row",
     "window_sizes",
 ]

@@ -1,0 +1,113 @@
+"""Rows of a buffer, put in, taken out and emptied while the others go on: what serving and parking need.
+
+A row has a constant size, whatever its context, and rows never see each other. So each of these is one compiled program
+for all rows and moves exactly one row's bytes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from retention_jax.cache.buffer import Buffer, layout
+from retention_jax.parallel import sharding
+
+Row = int | Int[Array, ""]
+_ARRAYS = ("pool", "offset", "recent", "recent_len", "seen", "queries")
+
+
+def take_row(buffer: Buffer, row: Row) -> Buffer:
+    """A buffer of batch 1 with everything that one row remembers; `buffer` stays as it is.
+
+    On a mesh the row's slots stay on their shards. Along `data` and `fsdp`, which share rows out, every device gets it:
+    there it can be stored and put in again, but not decoded by itself.
+
+    Raises:
+      ValueError: if there is no such row, or the buffer was made for another mesh than it lies on.
+    """
+    _check_row(buffer, row)
+    with sharding.enter_mesh_of(buffer):
+        return _take(buffer, jnp.int32(row))
+
+
+def insert_row(buffer: Buffer, row: Row, one: Buffer) -> Buffer:
+    """The buffer with `one`, a buffer of batch 1, in place of a row, of which nothing remains.
+
+    `buffer` is donated: go on with the returned one. The other rows keep every byte.
+
+    Raises:
+      ValueError: if there is no such row, or `one` has another batch size, configuration, model shape or dtype (all
+        listed).
+    """
+    _check_row(buffer, row)
+    problems = [] if one.seen.shape == (1,) else [f"it must have batch 1, got {one.seen.shape[0]}"]
+    if one.config != buffer.config:
+        problems.append(f"its configuration must be {buffer.config}, got {one.config}")
+    if one.windows != buffer.windows:
+        problems.append(f"its layers' windows must be {buffer.windows}, got {one.windows}")
+    of_row = lambda part: jax.tree.map(lambda a: f"{a.dtype}{list(a.shape[1:])}", part)
+    for name in _ARRAYS if not problems else ():
+        wanted, got = of_row(getattr(buffer, name)), of_row(getattr(one, name))
+        problems += [f"its {name} must be {wanted}, got {got}"] * (wanted != got)
+    if problems:
+        raise ValueError("the row to insert: " + "; ".join(problems))
+    with sharding.enter_mesh_of(buffer):
+        return _insert(buffer, jnp.int32(row), one)
+
+
+def reset_row(buffer: Buffer, row: Row) -> Buffer:
+    """The buffer with a row that has seen nothing, as `cache.empty` makes it. `buffer` is donated.
+
+    Raises:
+      ValueError: if there is no such row.
+    """
+    _check_row(buffer, row)
+    with sharding.enter_mesh_of(buffer):
+        return _reset(buffer, jnp.int32(row))
+
+
+def _check_row(buffer: Buffer, row: Row) -> None:
+    batch = buffer.seen.shape[0]
+    if not 0 <= int(row) < batch:
+        raise ValueError(f"row must be from 0 to {batch - 1}, the last of the buffer, got {int(row)}")
+
+
+@jax.jit
+def _take(buffer: Buffer, row: Int[Array, ""]) -> Buffer:
+    return _laid_out(jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1, axis=0), buffer))
+
+
+@functools.partial(jax.jit, donate_argnames="buffer")
+def _insert(buffer: Buffer, row: Int[Array, ""], one: Buffer) -> Buffer:
+    write = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, row, axis=0)
+    return _laid_out(jax.tree.map(write, buffer, one))
+
+
+@functools.partial(jax.jit, donate_argnames="buffer")
+def _reset(buffer: Buffer, row: Int[Array, ""]) -> Buffer:
+    blank = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), buffer)
+    unused = lambda entries: entries._replace(pos=entries.pos - 1)
+    blank = blank._replace(pool=unused(blank.pool), recent=unused(blank.recent))
+    write = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, row, axis=0)
+    return _laid_out(jax.tree.map(write, buffer, blank))
+
+
+def _laid_out(buffer: Buffer) -> Buffer:
+    """The buffer on the ambient mesh as `layout` says; an axis that the mesh does not divide is whole everywhere."""
+    mesh = sharding.ambient()
+    if mesh is None:
+        return buffer
+
+    def place(spec: P, part: Array) -> Array:
+        wide = P(*spec, *(None,) * (part.ndim - len(spec)))
+        fitting = NamedSharding(mesh, sharding.fitting(mesh, wide, part.shape))  # pyright: ignore[reportArgumentType]
+        return jax.lax.with_sharding_constraint(part, fitting)
+
+    specs, placed = layout(buffer), {}
+    for name in _ARRAYS:
+        spec = getattr(specs, name)
+        placed[name] = jax.tree.map(functools.partial(place, spec), getattr(buffer, name))
+    return buffer._replace(**placed)
