@@ -6,8 +6,9 @@ from retention_jax.config.checks import require
 from retention_jax.policies import table
 from retention_jax.policies.table import POLICIES, Policy
 
-# Fields that only some policies honour; the others refuse them rather than ignore them.
-_OF_SOME_POLICIES = ("horizon", "threshold", "seed", "observe", "pool_width")
+# Fields that only some policies honour; the others refuse them rather than ignore them. The seed is not among them: it
+# is said of a run, whether or not its policy draws.
+_OF_SOME_POLICIES = ("horizon", "threshold", "observe", "pool_width")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Which implementation runs: decided once, forced by one variable, and never another than what was asked for."""
 
-from typing import get_args
+from typing import Any, get_args
 
+import buffer_cases
+import evict_cases
 import helpers
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 
 from retention_jax.config import CacheConfig
 from retention_jax.generation import decoding
-from retention_jax.kernels import buffer_attention_triton, ops, triton_blocks, triton_call
+from retention_jax.kernels import buffer_attention_triton, ops, reference, triton_blocks, triton_call
 
 
 @pytest.fixture
@@ -42,6 +44,84 @@ def test_what_is_asked_for_runs_and_xla_on_a_cpu(forced, monkeypatch, asked, run
     ops.retention_attention(heads, heads, heads, jnp.zeros((1, 1, 8)), ids, jnp.int32(4))
     ops.retention_mass(jnp.zeros((1, 1, 8)), ids)
     assert ran == [(runs, 6), (runs, 2)]
+
+
+def close(got, want):
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_the_operations_of_training_are_the_reference():
+    """retention_attention, retention_mass and causal_attention, the latter with nothing that fades."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 9, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    log_beta = jnp.asarray(-np.exp(rng.normal(size=(2, 2, 9))), jnp.float32)
+    ids = jnp.asarray(np.arange(9)[None] * np.array([[2], [3]]) // 9, jnp.int32)
+    for window in (None, jnp.int32(3)):
+        args = q, k, v, log_beta, ids, window
+        close(ops.retention_attention(*args), reference.retention_attention(*args))
+        plain = reference.retention_attention(q, k, v, jnp.zeros_like(log_beta), jnp.ones_like(ids), window)
+        close(ops.causal_attention(q, k, v, window).out, plain)
+        close(ops.causal_attention(q[:, :1], k[:, :1], v[:, :1], window).out, plain[:, :1])
+    close(ops.retention_mass(log_beta, ids), reference.retention_mass(log_beta, ids))
+
+
+@pytest.mark.parametrize("window", (None, 9))
+def test_buffer_attention_is_the_reference(window):
+    x = buffer_cases.make(0, "ragged", 7, 2, (0, 17, buffer_cases.R), recent_begin=(0, 16, 3))
+    x = {name: jnp.asarray(a) for name, a in x.items() if name not in ("k", "v")}
+    if window is not None:
+        x = buffer_cases.with_window(jax.tree.map(np.asarray, x), 0, window)
+    got, want = (jax.jit(f)(**x) for f in (ops.buffer_attention, reference.buffer_attention))
+    close(got.out, want.out)
+    close(got.lse, want.lse)
+
+
+LAYERS_DIFFER = jnp.array([[9, 9, 2, 2], [1, 1, 1, 1], [50, 50, 0, 0]], jnp.int32)
+WHO_COMPETES: dict[str, Any] = {
+    "all entries": dict(capacity=60, groups=1, heads_of_group=4),
+    "those of a head": dict(capacity=9, groups=4, heads_of_group=1),
+    "those of a layer's heads": dict(capacity=25, groups=2, heads_of_group=2),
+    "those of a head, of which some have more room": dict(capacity=LAYERS_DIFFER, groups=4, heads_of_group=1),
+}
+
+
+@pytest.mark.parametrize("kernels", ["tpu", "triton", "xla"])
+@pytest.mark.parametrize("scores", ("spread", "tied"))
+def test_evictions_are_the_reference(forced, monkeypatch, kernels, scores):
+    """select_top, pack_order and pack_rows, bitwise."""
+    monkeypatch.setattr(triton_call, "check_available", lambda: None)
+    forced(kernels)
+    heads, slots, recent = 4, 90, 20
+    x = evict_cases.make(1, [[5, 60, 11, 0], [0, 0, 0, 0], [20, 20, 20, 20]], slots, recent, scores)
+    pool, new = (evict_cases.any_bytes(i, np.float32, 3, n, 16) for i, n in ((2, slots), (3, heads * recent)))
+    pool, new, score, pos, head, live, offset = map(jnp.asarray, (pool, new, *x[:5]))
+
+    def packed(keep):
+        order, where = ops.pack_order(keep, head, offset, recent)
+        return np.asarray(ops.pack_rows(pool, new, order)), np.asarray(where)
+
+    for groups in WHO_COMPETES.values():
+        keep = ops.select_top(score, pos, head, live, **groups, shared=heads * recent)
+        np.testing.assert_array_equal(keep, reference.select_top(score, pos, head, live, **groups))
+        (got, where), (want, wanted) = packed(keep), reference.pack(keep, head, pool, new, heads)
+        np.testing.assert_array_equal(where, wanted)
+        assert got.tobytes() == np.asarray(want).tobytes()
+
+
+def test_an_eviction_by_hand():
+    # Head 0 owns two slots of three, nobody the third; then one new token of each of two heads. After 3 tokens ages are
+    # 4, 3 and 2, and scores -4, -1.5, -2 and -2.2. There are three slots: the entry of score -4 goes.
+    flat = lambda *a: jnp.asarray([a], jnp.float32)
+    whole = lambda *a: jnp.asarray([a], jnp.int32)
+    args = (
+        flat(-1.0, -0.5, 0.0, -1.0, -1.1),
+        whole(0, 1, -1, 2, 2),
+        whole(0, 0, 1, 0, 1),
+        jnp.asarray([[True, True, False, True, True]]),
+        jnp.asarray([3], jnp.int32),
+    )
+    rows, offset = reference.score_and_evict(*args, flat(10, 11, 12), flat(13, 14), 2)
+    assert rows.tolist() == [[11, 13, 14]] and offset.tolist() == [[0, 2, 3]]
 
 
 @pytest.mark.parametrize("kernels", ["tpu", "triton"])
