@@ -106,13 +106,14 @@ class Story:
             pos[row, :, :, :n] = np.arange(s, s + n)
         return Entries(*(jnp.asarray(a) for a in (k, v, log_beta, pos))), np.arange(size)[None] < counts[:, None]
 
-    def pool_of(self, row: int, kept: Kept, slots: int) -> Entries:
+    def pool_of(self, row: int, kept: Kept, slots: int, cfg: CacheConfig) -> Entries:
         """The pool as it must be: heads one after the other, each in order of position, then nothing."""
         head = np.repeat(np.arange(HEADS), [len(p) for p in kept.pool])
         pos = np.array(sum(kept.pool, []), int)
         fill = lambda a, rest: np.concatenate([a, np.full((slots - len(pos), *a.shape[1:]), rest, a.dtype)])
         k, v, log_beta = (a[row].reshape(HEADS, -1, *a.shape[4:])[head, pos] for a in (self.k, self.v, self.log_beta))
-        return Entries(fill(k, 0), fill(v, 0), fill(log_beta, 0), fill(pos.astype(np.int32), -1))  # type: ignore[arg-type]  # numpy
+        stat = np.asarray(cfg.row.carry(log_beta, False))
+        return Entries(fill(k, 0), fill(v, 0), fill(stat, 0), fill(pos.astype(np.int32), -1))  # type: ignore[arg-type]  # numpy
 
 
 def plan(recent: int, chunk: int) -> list[tuple[str, int]]:
@@ -141,14 +142,14 @@ def check(story: Story, cfg: CacheConfig, model=MODEL) -> None:
             sizes = [len(p) for p in kept.pool]
             message = f"step {step}, row {row}"
             assert host.offset[row].tolist() == [0, *np.cumsum(sizes)], message
-            for field, got, want in zip(Entries._fields, host.pool, story.pool_of(row, kept, slots), strict=True):
+            for field, got, want in zip(Entries._fields, host.pool, story.pool_of(row, kept, slots, cfg), strict=True):
                 assert same_bytes(got[row], want), f"{message}, pool.{field}"
             assert host.recent_len[row] == len(kept.recent), message
             start = host.seen[row] - len(kept.recent)
             for got, source in (
                 (host.recent.k, story.k),
                 (host.recent.v, story.v),
-                (host.recent.stat, story.log_beta),
+                (host.recent.stat, np.asarray(cfg.row.carry(story.log_beta, False))),
             ):
                 want = source[row, :, :, start : host.seen[row]]
                 assert same_bytes(got[row, :, :, : len(kept.recent)], want), f"{message}, recent"
