@@ -112,7 +112,7 @@ class Story:
         pos = np.array(sum(kept.pool, []), int)
         fill = lambda a, rest: np.concatenate([a, np.full((slots - len(pos), *a.shape[1:]), rest, a.dtype)])
         k, v, log_beta = (a[row].reshape(HEADS, -1, *a.shape[4:])[head, pos] for a in (self.k, self.v, self.log_beta))
-        stat = np.asarray(cfg.row.carry(log_beta, False))
+        stat = np.asarray(cfg.row.carry(jnp.asarray(log_beta), False))
         return Entries(fill(k, 0), fill(v, 0), fill(stat, 0), fill(pos.astype(np.int32), -1))  # type: ignore[arg-type]  # numpy
 
 
@@ -149,7 +149,7 @@ def check(story: Story, cfg: CacheConfig, model=MODEL) -> None:
             for got, source in (
                 (host.recent.k, story.k),
                 (host.recent.v, story.v),
-                (host.recent.stat, np.asarray(cfg.row.carry(story.log_beta, False))),
+                (host.recent.stat, np.asarray(cfg.row.carry(jnp.asarray(story.log_beta), False))),
             ):
                 want = source[row, :, :, start : host.seen[row]]
                 assert same_bytes(got[row, :, :, : len(kept.recent)], want), f"{message}, recent"
