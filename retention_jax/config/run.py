@@ -47,6 +47,7 @@ class OptimizerConfig:
 
     learning_rate: float = 2e-4
     final_learning_rate: float = 1e-6
+    # Steps in which the rate rises to learning_rate. A run of fewer steps is the start of that rise, and ends below it.
     warmup_steps: int = 100
     weight_decay: float = 0.01
     b1: float = 0.9
@@ -173,10 +174,6 @@ class TrainConfig:
         require(
             self,
             (self.steps >= 1, f"steps must be at least 1, got {self.steps}"),
-            (
-                self.optimizer.warmup_steps < self.steps,
-                f"optimizer.warmup_steps must be below steps={self.steps}, got {self.optimizer.warmup_steps}",
-            ),
             (
                 self.data.batch_size % self.optimizer.accumulation == 0,
                 f"data.batch_size must be a multiple of optimizer.accumulation, got {self.data.batch_size} and "

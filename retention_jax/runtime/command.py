@@ -7,6 +7,7 @@ load it without waiting for jax.
 import contextlib
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -57,9 +58,9 @@ def run_without_jax(
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # a character that a terminal lacks must not end a run
 
-    def parse(arguments: list[str]) -> list[str]:
-        with one_line_errors(_debug_is_asked(arguments), (Exception,)):  # a config file may raise anything
-            return flags.FLAGS(arguments)
+    def parsed(arguments: list[str]) -> list[str]:
+        with one_line_errors(_debug_is_asked(arguments)):
+            return parse(flags.FLAGS, arguments)
 
     def guarded(arguments: list[str]) -> Any:
         with one_line_errors(flags.FLAGS.debug):
@@ -67,8 +68,46 @@ def run_without_jax(
             sys.stdout.flush()  # here, so that a closed pipe is met here
         return status
 
-    app.run(guarded, flags_parser=parse)
+    app.run(guarded, flags_parser=parsed)
     raise AssertionError("app.run ends the process")
+
+
+def parse(values: flags.FlagValues, arguments: list[str]) -> list[str]:
+    """Sets the flags and returns the arguments that are none.
+
+    Raises:
+      flags.Error: on a flag that is wrong.
+      ValueError: when a `--config` file cannot be read or raises, or lacks a field that a flag is to override. Such a
+        file is a program, which may raise anything, and ml_collections passes most of that on.
+    """
+    try:
+        return values(arguments)
+    except (KeyError, AttributeError) as error:
+        name = re.sub(r"\W*(\w*).*", r"\1", str(error), flags=re.DOTALL)
+        asked = [text.partition("=")[0] for text in arguments if name in re.split(r"[-.=]+", text)]
+        hint = re.search(r'Did you mean "(\w+)"', str(error))
+        nearest = f"; the nearest is {hint[1]!r}" if hint else ""
+        where = asked[0] if asked else _raised_in(error)
+        raise ValueError(f"{where}: the configuration has no field {name!r}{nearest}") from error
+    except Exception as error:
+        if isinstance(error, EXPECTED) and "Traceback" not in str(error):
+            raise
+        cause = _root(error)
+        if isinstance(cause, ValueError):
+            raise ValueError(str(cause)) from error
+        raise ValueError(f"{_raised_in(cause)}: {type(cause).__name__}: {cause}") from error
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error came from in the first place."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def _raised_in(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}, line {frame.lineno}"
 
 
 def _debug_is_asked(arguments: list[str]) -> bool:
@@ -78,16 +117,11 @@ def _debug_is_asked(arguments: list[str]) -> bool:
 
 
 @contextlib.contextmanager
-def one_line_errors(debug: bool, expected: tuple[type[BaseException], ...] = EXPECTED) -> Iterator[None]:
-    """Turns an expected error in the block into a line on standard error and SystemExit.
-
-    Args:
-      debug: shows the traceback too.
-      expected: which errors; all others pass.
-    """
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Turns an expected error in the block into a line on standard error and SystemExit; with `debug` a traceback too."""
     try:
         yield
-    except (KeyboardInterrupt, *expected) as error:
+    except (KeyboardInterrupt, *EXPECTED) as error:
         raise SystemExit(report(error, debug)) from None
 
 
@@ -109,10 +143,11 @@ def report(error: BaseException, debug: bool) -> int:
 
 def message(error: BaseException) -> str:
     """What an error says, in one line."""
+    text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    else:
-        text = str(error)
+    elif "Failed loading config file" in text and (missing := re.search(r"\[Errno \d+\] ([^:]+): '(.+)'", text)):
+        text = f"--config: {missing[2]}: {missing[1]}"
     lines = [line.strip() for line in text.splitlines()]
     text = "; ".join(line for line in lines if line)
     plain = isinstance(error, (ValueError, OSError, app.UsageError, flags.Error, ElsewhereError))

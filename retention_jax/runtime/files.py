@@ -79,7 +79,9 @@ def append_json_line(target: pathlib.Path | IO[bytes], *values: Any) -> None:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds a file, which is made where it is not there, for this process alone; its end gives it back, however it ends.
+    """Holds a file for this process alone, and makes it where it is not there.
+
+    The file is given back at the end of the block, and when the process dies, whatever kills it.
 
     Raises:
       ValueError: when another process holds it.
@@ -88,7 +90,7 @@ def locked(path: pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path}: another process writes it; wait until that ends") from None
+            raise ValueError(f"{path}: in use by another process; wait until it ends") from None
         yield
 
 
