@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from retention_jax.config.checks import require
+from retention_jax.config.checks import check_types, require
 
 Policy = Literal[
     "retention",
@@ -47,6 +47,7 @@ class CacheConfig:
     pool_width: int = 7  # neighbouring entries that share the best vote among them, in the same policies
 
     def __post_init__(self) -> None:
+        check_types(self)
         reserved = max(self.protect_first + self.protect_last, self.min_per_head)
         least = self.newest + (self.budget - self.newest) // PYRAMID
         require(

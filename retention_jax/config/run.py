@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from retention_jax.config.checks import require
+from retention_jax.config.checks import check_types, require
 from retention_jax.config.evaluation import EvalConfig
 from retention_jax.config.model import GateConfig, ModelConfig
 
@@ -25,6 +25,7 @@ class LossConfig:
     vocab_block: int = 4096  # tokens whose vocabulary logits exist at one time, on each device
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(
             self,
             *[
@@ -56,6 +57,7 @@ class OptimizerConfig:
     accumulation: int = 1  # micro-batches a step; the batch is cut into so many
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(
             self,
             (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
@@ -91,6 +93,7 @@ class DataConfig:
     cache_dir: str = "~/.cache/retention_jax"  # where builders write array_record files
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(
             self,
             (self.length >= 2, f"length must be at least 2, got {self.length}"),
@@ -127,6 +130,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         sizes = dataclasses.asdict(self)
         require(
             self,
@@ -171,6 +175,7 @@ class TrainConfig:
     profile_steps: int = 0  # its length; 0 profiles nothing
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(
             self,
             (self.steps >= 1, f"steps must be at least 1, got {self.steps}"),

@@ -106,6 +106,8 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _raised_in(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}, line {frame.lineno}"
 
@@ -118,7 +120,7 @@ def _debug_is_asked(arguments: list[str]) -> bool:
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """Turns an expected error in the block into a line on standard error and SystemExit; with `debug` a traceback too."""
+    """Turns an expected error in the block into a line on standard error and SystemExit. `debug` adds a traceback."""
     try:
         yield
     except (KeyboardInterrupt, *EXPECTED) as error:
@@ -146,8 +148,9 @@ def message(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    elif "Failed loading config file" in text and (missing := re.search(r"\[Errno \d+\] ([^:]+): '(.+)'", text)):
-        text = f"--config: {missing[2]}: {missing[1]}"
+    elif "failure to load" in text and (missing := re.search(r"\[Errno \d+\] ([^:]+): '(.+)'", text)):
+        text = f"--config={missing[2]}: {missing[1]}"
+    text = re.sub(r"flag --(\w+)=None: Flag --\1 must have a value other than None\.", r"--\1 is needed", text)
     lines = [line.strip() for line in text.splitlines()]
     text = "; ".join(line for line in lines if line)
     plain = isinstance(error, (ValueError, OSError, app.UsageError, flags.Error, ElsewhereError))
