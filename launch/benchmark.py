@@ -24,7 +24,11 @@ import sys
 from typing import Any
 
 import chips
+import jax
 from absl import app, flags, logging
+from benchmarks import beside_transformers, estimate, generation, operations, programs, report, settings, training
+
+from retention_jax.runtime import command as command_line
 
 COMMANDS = ("decode", "prefill", "attention", "mass", "evict", "train", "transformers")
 
@@ -34,7 +38,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text = lambda name, default, what: flags.DEFINE_string(name, default, what, flag_values=values)
     numbers = lambda name, default, what: flags.DEFINE_list(name, default, what, flag_values=values)
     number = lambda name, default, what: flags.DEFINE_integer(name, default, what, flag_values=values, lower_bound=1)
-    text("model", "small", "Shape: small, qwen3_0_6b, qwen3_1_7b, qwen3_4b, qwen3_8b or qwen3_14b.")
+    text("model", "small", "Shape: small, or a name in launch/model_shapes.py.")
     text("dtype", None, "Of weights and cache: bfloat16 or float32. Default: float32 for small, else bfloat16.")
     number("layers", None, "In place of the shape's layers.")
     number("width", None, "In place of its width; the MLP of a small model is three times as wide.")
@@ -55,14 +59,12 @@ def define_flags(values: flags.FlagValues) -> None:
     text("plot", "", "PNG file to write, tokens/s against context.")
 
 
-def make_settings(values: flags.FlagValues) -> Any:
+def make_settings(values: flags.FlagValues) -> settings.Settings:
     """The settings of the flags.
 
     Raises:
       ValueError: on an unknown model or lists that are not whole numbers above 0, all listed.
     """
-    from benchmarks import settings
-
     problems, lists = [], {}
     for name in ("batches", "contexts", "budgets"):
         given = values[name].value or []
@@ -100,32 +102,26 @@ def make_settings(values: flags.FlagValues) -> Any:
     )
 
 
-def measured(command: str, settings: Any, ceilings: Any) -> Any:
+def measured(command: str, given: settings.Settings, ceilings: Any) -> Any:
     """Rows of one command on this device."""
-    from benchmarks import beside_transformers, generation, operations, programs
-
     match command:
         case "decode":
-            return generation.decode(settings, ceilings)
+            return generation.decode(given, ceilings)
         case "prefill":
-            return generation.prefill(settings, ceilings)
+            return generation.prefill(given, ceilings)
         case "attention":
-            return programs.measure(operations.attention_cases(settings), ceilings, settings.repeats)
+            return programs.measure(operations.attention_cases(given), ceilings, given.repeats)
         case "mass":
-            return programs.measure(operations.mass_cases(settings), ceilings, settings.repeats)
+            return programs.measure(operations.mass_cases(given), ceilings, given.repeats)
         case "evict":
-            return operations.evict(settings, ceilings)
+            return operations.evict(given, ceilings)
         case "train":
-            from benchmarks import training  # imports the data pipeline
-
-            return training.steps(settings, ceilings)
-    return beside_transformers.compare(settings)
+            return training.steps(given, ceilings)
+    return beside_transformers.compare(given)
 
 
-def estimated(command: str, settings: Any, topology: str) -> Any:
+def estimated(command: str, given: settings.Settings, topology: str) -> Any:
     """Rows of one command by the compiler of a TPU that is not there."""
-    from benchmarks import estimate, generation, operations
-
     match command:
         case "decode":
             cases = generation.decode_cases
@@ -138,13 +134,11 @@ def estimated(command: str, settings: Any, topology: str) -> Any:
         case "evict":
             cases = operations.evict_cases
         case "train":
-            from benchmarks import training
-
             cases = training.train_cases
         case _:
             raise ValueError(f"{command} runs on this machine only: leave --topology out")
     chip = chips.of_topology(topology)
-    return estimate.estimate(cases, settings, topology, estimate.Peaks(chip.flops, chip.bandwidth, chip.memory))
+    return estimate.estimate(cases, given, topology, estimate.Peaks(chip.flops, chip.bandwidth, chip.memory))
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
@@ -154,27 +148,26 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
         logging.set_verbosity(logging.WARNING)
     command, topology = argv[1], values.topology
     if topology:
-        # The compiler of the libtpu wheel, with no TPU looked for. These are read when jax is first imported and used,
-        # so whatever needs jax is imported inside of functions here.
-        os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        # The compiler of the libtpu wheel, with no TPU looked for: libtpu reads these when it is loaded.
+        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         os.environ.setdefault("RETENTION_JAX_KERNELS", "tpu")
-    from benchmarks import programs, report
-
-    from retention_jax.runtime import program_cache
-
-    if not topology:  # jax cannot read back a program for a device that is not there
-        program_cache.keep_programs()
-    settings, content = make_settings(values), dict[str, Any](about=report.about(sys.argv[1:]))
+        jax.config.update("jax_platforms", "cpu")
+        # jax cannot read back a program for a device that is not there.
+        jax.config.update("jax_enable_compilation_cache", False)
+    for name in ("output", "plot"):  # before the work, so that a bad path costs no time
+        if values[name].value and not pathlib.Path(values[name].value).expanduser().parent.is_dir():
+            raise ValueError(f"--{name} must be a file in a folder that is there, got {values[name].value!r}")
+    given, content = make_settings(values), dict[str, Any](about=report.about(sys.argv[1:]))
     if topology:
         content["about"]["device"] = f"estimate for one device of {topology}"
-        rows = estimated(command, settings, topology)
+        rows = estimated(command, given, topology)
     else:
-        ceilings = programs.measure_ceilings(settings.model.dtype, settings.repeats)
+        ceilings = programs.measure_ceilings(given.model.dtype, given.repeats)
         content["ceilings"] = ceilings._asdict()
         print(f"copy {ceilings.bandwidth / 1e9:.1f} GB/s, matmul {ceilings.flops / 1e12:.3f} TFLOP/s")
-        rows = measured(command, settings, ceilings)
+        rows = measured(command, given, ceilings)
     device = content["about"]["device"]
-    print(f"{command} of {values.model}, {settings.model.dtype}, {device}, kernels: {content['about']['kernels']}")
+    print(f"{command} of {values.model}, {given.model.dtype}, {device}, kernels: {content['about']['kernels']}")
     content[command] = report.table(command, rows, estimated=bool(topology))
     if values.output:
         report.write_json(pathlib.Path(values.output).expanduser(), content)
@@ -183,5 +176,4 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags(flags.FLAGS)
-    app.run(main)
+    command_line.run(main, define_flags)

@@ -6,7 +6,10 @@ the axes of the torus, two of a v5e or v6e and three of the others: what a ring 
 or two TensorCores; JAX sees the two of a v5p as one device, those of a TPU7x as two devices with half of the chip each.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
 
 
 class Chip(NamedTuple):
@@ -38,3 +41,16 @@ def of_topology(topology: str) -> Chip:
     if name not in CHIPS:
         raise ValueError(f"topology must be CHIP:SIZE with a chip of {', '.join(CHIPS)}, got {topology!r}")
     return CHIPS[name]
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a topology, for the compiler of the libtpu wheel.
+
+    Raises:
+      ValueError: if it names no chip in the table, or there is no slice of that size.
+    """
+    of_topology(topology)
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"topology must be CHIP:SIZE with a size that exists, got {topology!r}: {error}") from None

@@ -8,12 +8,11 @@ gate by more than 1e-4 of the largest.
 """
 
 import itertools
-import json
 import math
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -24,9 +23,30 @@ from retention_jax import config, train
 from retention_jax.models import gate_files, weights
 from retention_jax.models.decoder import Decoder
 from retention_jax.parallel import sharding
+from retention_jax.runtime import command, files
 
-_STEPS = flags.DEFINE_integer("steps", 20, "Training steps on each mesh.")
-_MESHES = flags.DEFINE_list("meshes", [], "Meshes to try, sizes as in 2x1x4x1; all that have every device by default.")
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Not at import, so that tests can have flags of their own."""
+    flags.DEFINE_integer("steps", 20, "Training steps on each mesh.", lower_bound=1, flag_values=values)
+    what = "Meshes to try, sizes as in 2x1x4x1; all that have every device by default."
+    flags.DEFINE_list("meshes", [], what, flag_values=values)
+
+
+def given_meshes(texts: Sequence[str], devices: int) -> list[dict[str, int]]:
+    """The meshes of --meshes; raises ValueError, naming all that are none, or not of all devices."""
+    found, problems = [], []
+    for text in texts:
+        sizes = text.split("x")
+        if len(sizes) != len(sharding.AXES) or not all(size.isdecimal() and int(size) for size in sizes):
+            problems.append(f"{text!r} is not {len(sharding.AXES)} sizes as in 2x1x4x1 ({', '.join(sharding.AXES)})")
+        elif (asked := math.prod(map(int, sizes))) != devices:
+            problems.append(f"{text!r} is {asked} devices, and there are {devices}")
+        else:
+            found.append(dict(zip(sharding.AXES, map(int, sizes), strict=True)))
+    if problems:
+        raise ValueError("--meshes: " + "; ".join(problems))
+    return found
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:
@@ -37,7 +57,7 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
             yield dict(zip(sharding.AXES, sizes, strict=True))
 
 
-def run(folder: pathlib.Path, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def run(folder: pathlib.Path, name: str, steps: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Losses of all steps, and the gates at the end, of a run on the mesh that was entered."""
     settings = config.TrainConfig(
         stage="gates",
@@ -48,16 +68,14 @@ def run(folder: pathlib.Path, name: str) -> tuple[np.ndarray, dict[str, np.ndarr
         ),
         loss=config.LossConfig(budget=8, vocab_block=32),
         optimizer=config.OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
-        steps=_STEPS.value,
+        steps=steps,
         remat=True,
         log_every=1,
         eval=config.EvalConfig(tasks=()),
     )
     train.train(settings, folder / name)
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    return np.array([json.loads(line)["loss"] for line in lines]), gate_files.read_gates(
-        folder / name / "gates"
-    ).tensors
+    losses = [row["loss"] for row in files.read_json_lines(folder / name / "metrics.jsonl").values]
+    return np.array(losses), gate_files.read_gates(folder / name / "gates").tensors
 
 
 def save_random_backbone(folder: pathlib.Path) -> None:
@@ -69,19 +87,19 @@ def save_random_backbone(folder: pathlib.Path) -> None:
     weights.save_backbone(make(), folder)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
-    asked = [dict(zip(sharding.AXES, map(int, text.split("x")), strict=True)) for text in _MESHES.value]
+    given = given_meshes(values.meshes, jax.device_count())
+    logging.set_verbosity(logging.WARNING)  # Orbax writes a lot at INFO
     with tempfile.TemporaryDirectory() as name:
         folder, worst = pathlib.Path(name), (0.0, 0.0)
         save_random_backbone(folder / "backbone")
-        losses, gates = run(folder, "one")
+        losses, gates = run(folder, "one", values.steps)
         print(f"1 device: loss {losses[0]:.6f} to {losses[-1]:.6f}", flush=True)
-        for number, sizes in enumerate(asked or meshes(jax.device_count())):
+        for number, sizes in enumerate(given or meshes(jax.device_count())):
             with jax.set_mesh(sharding.make_mesh(**sizes)):
-                got_losses, got_gates = run(folder, f"mesh{number}")
+                got_losses, got_gates = run(folder, f"mesh{number}", values.steps)
             of_loss = float(np.max(np.abs(got_losses - losses) / np.abs(losses)))
             of_gates = max(float(np.abs(got_gates[n] - a).max() / np.abs(a).max()) for n, a in gates.items())
             worst = max(worst[0], of_loss), max(worst[1], of_gates)
@@ -92,4 +110,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, define_flags)

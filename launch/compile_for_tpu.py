@@ -14,9 +14,11 @@ published peaks: a floor that no run will reach. Then it compiles what suggestio
 rematerialisation and other meshes where it does not fit, larger batches and the like where there is room.
 """
 
+import functools
 import json
 import math
 import os
+import pathlib
 import re
 import time
 from typing import Any, NamedTuple
@@ -34,8 +36,8 @@ import suggestions
 import tpu_report
 from absl import app, flags
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
+from ml_collections import config_flags
 from suggestions import Setup
 from tpu_report import Part
 
@@ -45,20 +47,30 @@ from retention_jax.generation import decoding
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
 from retention_jax.parallel import sharding
+from retention_jax.runtime import command
 
-# --config is a flag of `retention_jax.train`.
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips: v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, ...")
-_MESH = flags.DEFINE_string("mesh", "", "In place of config.mesh: data:2,fsdp:2,context:4; axes not named are 1.")
-_MODEL = flags.DEFINE_string("model", "", "In place of config.backbone: a name in model_shapes.py, or a folder.")
-_PROGRAM = flags.DEFINE_enum("program", "train", ["train", "prefill", "decode"], "What to compile.")
-_BUDGET = flags.DEFINE_integer("budget", 1024, "Kept entries per layer and head, where not training.")
-_RECENT = flags.DEFINE_integer("recent", 128, "Tokens between two evictions.")
-_CHUNK = flags.DEFINE_integer("prefill_chunk", 1024, "Tokens of a prompt that are read at a time.")
-_BATCH = flags.DEFINE_integer("batch", None, "In place of config.data.batch_size; sequences, where not training.")
-_LENGTH = flags.DEFINE_integer("length", None, "In place of config.data.length.")
-_PRICE = flags.DEFINE_float("price_per_chip_hour", None, "For the cost of a million tokens.")
-_SUGGEST = flags.DEFINE_bool("suggest", True, "Compile changed set-ups too, until one fits or uses what is free.")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file to write; empty writes none.")
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Not at import, so that tests can have flags of their own."""
+    config_flags.DEFINE_config_file("config", None, "The run's config file.", lock_config=True, flag_values=values)
+    text = functools.partial(flags.DEFINE_string, flag_values=values)
+    number = functools.partial(flags.DEFINE_integer, lower_bound=1, flag_values=values)
+    text("topology", None, "Chips: v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, ...")
+    text("mesh", "", "In place of config.mesh: data:2,fsdp:2,context:4; axes not named are 1.")
+    text("model", "", "In place of config.backbone: a name in model_shapes.py, or a folder.")
+    programs = ["train", "prefill", "decode"]
+    flags.DEFINE_enum("program", "train", programs, "What to compile.", flag_values=values)
+    number("budget", 1024, "Kept entries per layer and head, where not training.")
+    number("recent", 128, "Tokens between two evictions.")
+    number("prefill_chunk", 1024, "Tokens of a prompt that are read at a time.")
+    number("batch", None, "In place of config.data.batch_size; sequences, where not training.")
+    number("length", None, "In place of config.data.length.")
+    what = "For the cost of a million tokens."
+    flags.DEFINE_float("price_per_chip_hour", None, what, lower_bound=0.0, flag_values=values)
+    what = "Compile changed set-ups too, until one fits or uses what is free."
+    flags.DEFINE_bool("suggest", True, what, flag_values=values)
+    text("output", "", "JSON file to write; empty writes none.")
+    flags.mark_flags_as_required(["config", "topology"], flag_values=values)
 
 
 # A buffer that is full, and scores of which none ties with the last one kept.
@@ -119,8 +131,7 @@ def _layout(mesh: jax.sharding.Mesh | None, spec: sharding.P) -> NamedSharding |
 
 
 def make_mesh(topology: str, sizes: dict[str, int]) -> jax.sharding.Mesh:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return sharding.make_mesh(devices, **sizes)
+    return sharding.make_mesh(chips.devices_of(topology), **sizes)
 
 
 def bytes_on_a_device(tree: Any) -> int:
@@ -155,43 +166,49 @@ def report(setup: Setup, topology: str) -> suggestions.Report:
     return told | tpu_report.of_parts(parts, chip)
 
 
-def asked() -> Setup:
-    """The setup of the flags; raises ValueError, before anything is compiled, where its parts do not fit together."""
-    config = conversion.from_config_dict(TrainConfig, flags.FLAGS.config)
-    model = config.model if config.model and not _MODEL.value else None
-    model = model or model_shapes.of(_MODEL.value or config.backbone, config.dtype)
+def setup_of(values: flags.FlagValues) -> Setup:
+    """The setup that the flags ask for; nothing is compiled.
+
+    Raises:
+      ValueError: where its parts do not fit together.
+    """
+    config = conversion.from_config_dict(TrainConfig, values.config)
+    model = config.model if config.model and not values.model else None
+    model = model or model_shapes.of(values.model or config.backbone, config.dtype)
     mesh = config.mesh
-    if _MESH.value:
-        pairs = [part.partition(":") for part in _MESH.value.split(",")]
+    if values.mesh:
+        pairs = [part.partition(":") for part in values.mesh.split(",")]
         if bad := [axis for axis, _, n in pairs if axis not in sharding.AXES or not re.fullmatch(r"-?\d+", n)]:
             raise ValueError(f"--mesh must be as in data:2,fsdp:4 with axes {', '.join(sharding.AXES)}; got {bad[0]!r}")
         mesh = MeshConfig(**{axis: 1 for axis in sharding.AXES} | {axis: int(n) for axis, _, n in pairs})
-    devices = len(topologies.get_topology_desc(platform="tpu", topology_name=str(_TOPOLOGY.value)).devices)
-    kept = CacheConfig(budget=_BUDGET.value, recent=_RECENT.value, prefill_chunk=_CHUNK.value)
-    setup = Setup(_PROGRAM.value, config, model, mesh.over(devices), kept)
-    setup = suggestions.with_data(setup, batch_size=_BATCH.value, length=_LENGTH.value)
+    devices = len(chips.devices_of(values.topology))
+    kept = CacheConfig(budget=values.budget, recent=values.recent, prefill_chunk=values.prefill_chunk)
+    setup = Setup(values.program, config, model, mesh.over(devices), kept)
+    setup = suggestions.with_data(setup, batch_size=values.batch, length=values.length)
     if setup.program == "train":
         setup.config.check_mesh(setup.sizes, model)
     return setup
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    setup, topology = asked(), str(_TOPOLOGY.value)
+    jax.config.update("jax_enable_compilation_cache", False)  # a program for an absent device cannot be read back
+    if values.output and not pathlib.Path(values.output).parent.is_dir():  # before the work
+        raise ValueError(f"--output must be a file in a folder that is there, got {values.output!r}")
+    setup, topology = setup_of(values), values.topology
     reports = [report(setup, topology)]
-    tpu_report.show(reports[0], _PRICE.value)
-    if _SUGGEST.value:
+    tpu_report.show(reports[0], values.price_per_chip_hour)
+    if values.suggest:
         for told in suggestions.search(setup, reports[0], lambda changed: report(changed, topology)):
             print(f"with {told['change']}:", flush=True)
-            tpu_report.show(told, _PRICE.value)
+            tpu_report.show(told, values.price_per_chip_hour)
             reports.append(told)
         print(suggestions.advice(reports), flush=True)
-    if _OUTPUT.value:
-        with open(_OUTPUT.value, "w") as file:
+    if values.output:
+        with open(values.output, "w") as file:
             json.dump(reports, file, indent=2)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    command.run(main, define_flags)

@@ -15,7 +15,9 @@ process that failed, or 137 where one still ran at the end of the grace period.
 import collections
 import contextlib
 import ctypes
+import importlib.util
 import os
+import pathlib
 import select
 import signal
 import socket
@@ -172,5 +174,16 @@ def main(argv: list[str]) -> int:
     return status
 
 
+def _command():
+    """`retention_jax/runtime/command.py` by itself: with the package around it, it would wait for jax."""
+    path = pathlib.Path(__file__).parents[1] / "retention_jax" / "runtime" / "command.py"
+    spec = importlib.util.spec_from_file_location("command", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path}: cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 if __name__ == "__main__":
-    app.run(main)
+    _command().run_without_jax(main)

@@ -13,9 +13,8 @@ import json
 import math
 import pathlib
 import signal
-import time
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,8 +33,8 @@ from retention_jax.data import pipeline
 from retention_jax.models import gate_files, huggingface, weights
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
-from retention_jax.parallel import distributed, sharding
-from retention_jax.runtime import hub, program_cache
+from retention_jax.parallel import checksum, distributed, sharding
+from retention_jax.runtime import command, hub
 from retention_jax.training import checkpoint, losses, metrics
 from retention_jax.training.checkpoint import TrainState
 
@@ -49,12 +48,15 @@ class StepMetrics(NamedTuple):
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, cosine decay to the final rate, and clipping by global norm."""
+    """AdamW with linear warm-up, cosine decay to the final rate, and clipping by global norm.
+
+    A run of fewer steps than `warmup_steps` is the first part of that warm-up, as it is in a longer run.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
-        decay_steps=steps,
+        decay_steps=max(steps, config.warmup_steps + 1),  # a run that ends within its warm-up never gets to decay
         end_value=config.final_learning_rate,
     )
     adamw = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
@@ -113,7 +115,7 @@ def train_step(
     params = typing.cast(nnx.State, optax.apply_updates(state.params, updates))
     retained = terms.pop("retained", None)
     state = sharding.constrain_weights(TrainState(params, opt_state, state.step + 1))
-    # Their names are no weights': every process gets all of them.
+    # `constrain_weights` cuts arrays by the names of weights. Metrics have other names: every process gets them whole.
     return state, sharding.constrain_weights(StepMetrics(terms, optax.tree.norm(grads), retained))
 
 
@@ -193,23 +195,35 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Decoder:
     It runs on the mesh that was entered, or on the default device.
 
     Raises:
-      ValueError: when the configuration does not fit the mesh, the workdir belongs to another one, backbone, data or
-        checkpoint are unusable, or processes do not share the workdir or see different documents.
+      ValueError: when the configuration does not fit the mesh, the workdir belongs to a run of another configuration,
+        of other documents or of another backbone, or another process trains in it; when backbone, data or checkpoint
+        are unusable, or processes do not share the workdir or see different documents.
       SystemExit: after SIGTERM or SIGINT, with 128 and the signal's number, when the step that ran then is saved.
       FloatingPointError: when a loss is not finite; names the step.
     """
     backbone = architecture(config)
     if (mesh := sharding.ambient()) is not None:
         config.check_mesh(dict(mesh.shape), backbone)
-    checkpoint.claim_workdir(workdir, config)
+    digests = distributed.together(lambda: pipeline.digests(config.resolved_data, config.seed))
+    inputs = {f"documents of {name}": digest for name, digest in digests.items()}
+    checkpoint.check_workdir(workdir, config, inputs)  # before documents are made and weights are loaded
     data = pipeline.train_iterator(config.resolved_data, vocab_size=backbone.vocab_size, seed=config.seed)
+    if jax.process_count() > 1:
+        distributed.share_folder(workdir)
     model = make_model(config)
     graphdef, params, frozen = nnx.split(model, trained_kind(config), ...)
+    if config.stage == "gates":
+        inputs[f"weights of {config.backbone}"] = checksum.of(frozen, "")
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = fresh_state(params, optimizer)
     trained, all_of_them = (sum(a.size for a in jax.tree.leaves(s)) for s in (params, (params, frozen)))
     metrics.say(f"training {config.stage}: {trained:,} of {all_of_them:,} parameters, {config.steps:,} steps")
-    with checkpoint.open_manager(workdir, keep=config.checkpoint_keep) as manager:
+    if config.steps <= (warmup := config.optimizer.warmup_steps):
+        metrics.say(f"all of them are warm-up: optimizer.warmup_steps is {warmup:,}")
+    with (
+        checkpoint.claimed(workdir, config, inputs),
+        checkpoint.open_manager(workdir, keep=config.checkpoint_keep) as manager,
+    ):
         if restored := checkpoint.restore_latest(manager, state):
             state, data_state = restored
             data.set_state(data_state)
@@ -236,7 +250,7 @@ def _loop(config: TrainConfig, workdir: pathlib.Path, state: TrainState, frozen,
         _Stop() as stop,
         _profiler(config, workdir) as profile,
     ):
-        meter, pending = _Meter(config), None
+        meter, pending = metrics.Meter(config.data.batch_size * config.data.length), None
         batch, data_state = put_batch(next(batches)), data.get_state()
         for step in range(first + 1, config.steps + 1):
             profile(step)
@@ -261,7 +275,9 @@ def _loop(config: TrainConfig, workdir: pathlib.Path, state: TrainState, frozen,
     return state
 
 
-def _report(writer: metrics.MetricWriter, meter: "_Meter", config: TrainConfig, step: int, result: StepMetrics) -> None:
+def _report(
+    writer: metrics.MetricWriter, meter: metrics.Meter, config: TrainConfig, step: int, result: StepMetrics
+) -> None:
     loss = float(result.losses["loss"])  # waits for the step
     if not math.isfinite(loss) or not math.isfinite(float(result.grad_norm)):
         raise FloatingPointError(
@@ -282,22 +298,6 @@ def _report(writer: metrics.MetricWriter, meter: "_Meter", config: TrainConfig, 
 
 def _spoken(rates: dict[str, float]) -> str:
     return ", ".join(f"{value:,.1f} {name.replace('_', ' ')}" for name, value in rates.items())
-
-
-class _Meter:
-    """Rates over the time since the first step ended, so that compilation does not count."""
-
-    def __init__(self, config: TrainConfig):
-        self._tokens = config.data.batch_size * config.data.length
-        self._start: tuple[int, float] | None = None
-
-    def tick(self, step: int) -> dict[str, float]:
-        now = time.perf_counter()
-        if self._start is None:
-            self._start = (step, now)
-            return {}
-        rate = (step - self._start[0]) / (now - self._start[1])
-        return {"steps_per_second": rate, "tokens_per_second": rate * self._tokens}
 
 
 class _Stop:
@@ -356,31 +356,33 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
         evaluate.run(model, config.eval, config.data, workdir / "eval")
 
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The run's configuration, a file in configs/.", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics, gates and the evaluation go.")
-distributed.define_flags(flags.FLAGS)
+def define_flags(values: flags.FlagValues) -> None:
+    """Not at import: programs that import this module have a --config of their own."""
+    config_flags.DEFINE_config_file(
+        "config", None, "The run's configuration, a file in configs/.", lock_config=True, flag_values=values
+    )
+    where = "Where checkpoints, metrics, gates and the evaluation go."
+    flags.DEFINE_string("workdir", None, where, flag_values=values)
+    flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
+    distributed.define_flags(values)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
-    workdir = pathlib.Path(typing.cast(str, _WORKDIR.value)).expanduser()
-    with distributed.joined(flags.FLAGS):
+    if not values["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax writes a lot at INFO
+    workdir = pathlib.Path(values.workdir).expanduser()
+    with distributed.joined(values):
         # First of all: what one process refuses the others must refuse too, and not wait for it.
-        distributed.agree_on("configurations", _CONFIG.value.to_dict())
-        config = conversion.from_config_dict(TrainConfig, _CONFIG.value)
+        distributed.agree_on("configurations", values.config.to_dict())
+        config = conversion.from_config_dict(TrainConfig, values.config)
+        mesh = sharding.make_mesh(**config.mesh.over(jax.device_count()))
         if jax.process_index() == 0:
-            print(json.dumps(conversion.to_dict(config), indent=2))
-        with jax.set_mesh(sharding.make_mesh(**config.mesh.over(jax.device_count()))):
+            print(json.dumps(conversion.to_dict(config), indent=2), flush=True)
+        with jax.set_mesh(mesh):
             run(config, workdir)
 
 
 if __name__ == "__main__":
-    jax.config.config_with_absl()
-    program_cache.keep_programs()
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    command.run(main, define_flags)

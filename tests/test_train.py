@@ -267,12 +267,72 @@ def test_workdir_of_another_config_is_refused_and_untouched(folders, tmp_path):
 
 
 def test_a_run_may_go_on_laid_out_saved_and_told_of_otherwise(folders, tmp_path):
-    checkpoint.claim_workdir(tmp_path, config_of(folders))
+    with checkpoint.claimed(tmp_path, config_of(folders), {}):
+        pass
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     data = dataclasses.replace(config_of(folders).data, cache_dir="elsewhere")
     free = dict(mesh=MeshConfig(fsdp=4), remat=True, log_every=9, checkpoint_every=9, profile_steps=1, data=data)
-    checkpoint.claim_workdir(tmp_path, config_of(folders, **free))
+    checkpoint.check_workdir(tmp_path, config_of(folders, **free), {})
+    other = config_of(folders, data=dataclasses.replace(data, length=48), remat=True)
     with pytest.raises(ValueError, match=r"go back to: data\.length=24 \(now 48\)$"):
-        checkpoint.claim_workdir(tmp_path, config_of(folders, data=dataclasses.replace(data, length=48), remat=True))
+        checkpoint.check_workdir(tmp_path, other, {})
+
+
+def test_a_workdir_without_checkpoints_is_nobodys(folders, tmp_path):
+    """A command with a wrong file name must not keep the right one out."""
+    chat = DataConfig(task="chat", files=(str(tmp_path / "godo.jsonl"),), cache_dir=str(tmp_path / "cache"), length=24)
+    with pytest.raises(ValueError):
+        train.train(config_of(folders, data=chat), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with checkpoint.claimed(tmp_path / "run", config_of(folders, seed=5), {}):
+        pass  # killed before its first checkpoint
+    train.train(config_of(folders), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+
+
+def test_other_documents_or_weights_since_the_checkpoint_are_named(folders, tmp_path):
+    """The same command, and files that changed under it."""
+    text, backbone, run = tmp_path / "text.txt", tmp_path / "backbone", tmp_path / "run"
+    text.write_text("one text, and more of it. " * 40)
+    weights.save_backbone(helpers.tiny_model(vocab_size=257), backbone)
+    data = DataConfig(task="text", path=str(text), length=24, batch_size=4, cache_dir=str(tmp_path / "cache"))
+    config = config_of(folders, backbone=str(backbone), data=data, eval=EvalConfig(tasks=()))
+    train.train(config, run)
+    train.train(config, run)  # nothing has changed
+    text.write_text("another text, and more of it. " * 40)
+    refused = "run holds a run of other inputs; give another --workdir, or put back what has changed since: "
+    with pytest.raises(ValueError, match=f"{refused}documents of {text}$"):
+        train.train(config, run)
+    text.write_text("one text, and more of it. " * 40)
+    weights.save_backbone(helpers.tiny_model(vocab_size=257, seed=1), backbone)
+    with pytest.raises(ValueError, match=f"{refused}weights of {backbone}$"):
+        train.train(config, run)
+
+
+def test_a_run_that_is_going_on_keeps_others_out(folders, tmp_path):
+    with checkpoint.claimed(tmp_path, config_of(folders), {}):
+        with pytest.raises(ValueError, match="lock: in use by another process"):
+            train.train(config_of(folders), tmp_path)
+    train.train(config_of(folders, steps=1), tmp_path)
+
+
+def test_a_short_run_is_the_start_of_its_warm_up(folders, tmp_path, capsys):
+    """A few steps just work, and mean what they mean in a longer run."""
+    short, long = (optax_rates(OptimizerConfig(learning_rate=1.0, warmup_steps=8), steps) for steps in (4, 40))
+    np.testing.assert_allclose(short[:4], long[:4])
+    np.testing.assert_allclose(short[:4], np.arange(4) / 8, atol=1e-7)
+    train.train(config_of(folders, optimizer=OptimizerConfig(), steps=2, eval=EvalConfig(tasks=())), tmp_path)
+    assert "all of them are warm-up: optimizer.warmup_steps is 100" in capsys.readouterr().err
+
+
+def optax_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
+    """The learning rate of every step, told by the length of a step along one constant gradient."""
+    optimizer = train.make_optimizer(dataclasses.replace(config, weight_decay=0.0, b1=0.0, b2=0.0), steps)
+    state, rates = optimizer.init(jnp.ones(())), []
+    for _ in range(steps):
+        update, state = optimizer.update(jnp.ones(()), state, jnp.ones(()))
+        rates.append(-float(update))
+    return np.array(rates)
 
 
 def test_processes_that_see_other_documents_are_told(folders, tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import chips
 import hlo
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .programs import Case, Row, memory_use
@@ -55,7 +55,7 @@ def estimate(
     cases_of: Callable[[Settings], Iterable[Case]], settings: Settings, topology: str, peaks: Peaks
 ) -> Iterator[Row]:
     """A row for each case, compiled for one device of the topology."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = chips.devices_of(topology)
     mesh = Mesh(np.array(devices[:1]), ("data",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec())
     for case in cases_of(settings):

@@ -4,21 +4,17 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
+import model_shapes
 from flax import nnx
 
 import retention_jax as rj
 from retention_jax.models.decoder import Decoder
 
-# Architectures of the published checkpoints' config.json; "small" is for a CPU.
-_QWEN3 = dict(vocab_size=151_936, num_kv_heads=8, head_size=128, qk_norm=True)
+# "small" is for a CPU.
+_SMALL = dict(vocab_size=1024, num_layers=4, width=256, num_heads=8, num_kv_heads=4, head_size=32, qk_norm=True)
 SHAPES: dict[str, dict[str, Any]] = {
-    "small": dict(vocab_size=1024, num_layers=4, width=256, num_heads=8, num_kv_heads=4, head_size=32, qk_norm=True)
-    | dict(mlp_width=768, tie_embeddings=True),
-    "qwen3_0_6b": _QWEN3 | dict(num_layers=28, width=1024, num_heads=16, mlp_width=3072, tie_embeddings=True),
-    "qwen3_1_7b": _QWEN3 | dict(num_layers=28, width=2048, num_heads=16, mlp_width=6144, tie_embeddings=True),
-    "qwen3_4b": _QWEN3 | dict(num_layers=36, width=2560, num_heads=32, mlp_width=9728, tie_embeddings=True),
-    "qwen3_8b": _QWEN3 | dict(num_layers=36, width=4096, num_heads=32, mlp_width=12288),
-    "qwen3_14b": _QWEN3 | dict(num_layers=40, width=5120, num_heads=40, mlp_width=17408),
+    "small": _SMALL | dict(mlp_width=768, tie_embeddings=True),
+    **model_shapes.SHAPES,
 }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from retention_jax.config.checks import require
+from retention_jax.config.checks import ConfigError, check_types, require
 from retention_jax.policies import table
 from retention_jax.policies.table import POLICIES, Policy
 
@@ -30,9 +30,10 @@ class CacheConfig:
     pool_width: int = 7  # neighbouring entries that share the best vote among them
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.policy not in POLICIES:
             full = "; for a cache that keeps everything, use CacheConfig.full(tokens)" * (self.policy == "full")
-            raise ValueError(f"CacheConfig: {table.unknown(self.policy)}{full}")
+            raise ConfigError("CacheConfig", [table.unknown(self.policy) + full])
         reserved = max(self.protect_first + self.protect_last, self.min_per_head)
         least = self.row.least_in_a_head(self.budget, self.newest)
         default = {field.name: field.default for field in dataclasses.fields(self)}

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from retention_jax.config.checks import require
+from retention_jax.config.checks import check_types, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class EvalConfig:
     judge_tokens: int = 10  # longmemeval: of a verdict, as published; a judge that thinks first needs more
 
     def __post_init__(self) -> None:
+        check_types(self)
         parts = [(text, *text.partition("=")[::2]) for text in self.sources]
         require(
             self,

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from retention_jax.config.checks import require
+from retention_jax.config.checks import check_types, require
 
 Share = Literal["layers", "layers_and_heads", "none"]
 
@@ -27,6 +27,7 @@ class RopeScaling:
     long_factor: tuple[float, ...] = ()  # longrope: in longer ones
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(
             self,
             (self.factor > 0, f"factor must be positive, got {self.factor}"),
@@ -76,6 +77,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # backbone weights, activations, cached keys and values
 
     def __post_init__(self) -> None:
+        check_types(self)
         sizes = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_size", "mlp_width", "context")
         scaling = self.rope_scaling
         require(
@@ -135,6 +137,7 @@ class GateConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(
             self,
             (self.width > 0, f"width must be positive, got {self.width}"),

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from retention_jax.config.checks import require
+from retention_jax.config.checks import check_types, require
 from retention_jax.config.evaluation import EvalConfig
 from retention_jax.config.model import GateConfig, ModelConfig
 
@@ -25,6 +25,7 @@ class LossConfig:
     vocab_block: int = 4096  # tokens whose vocabulary logits exist at one time, on each device
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(
             self,
             *[
@@ -47,6 +48,7 @@ class OptimizerConfig:
 
     learning_rate: float = 2e-4
     final_learning_rate: float = 1e-6
+    # Steps in which the rate rises to learning_rate. A run of fewer steps is the start of that rise, and ends below it.
     warmup_steps: int = 100
     weight_decay: float = 0.01
     b1: float = 0.9
@@ -55,6 +57,7 @@ class OptimizerConfig:
     accumulation: int = 1  # micro-batches a step; the batch is cut into so many
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(
             self,
             (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
@@ -90,6 +93,7 @@ class DataConfig:
     cache_dir: str = "~/.cache/retention_jax"  # where builders write array_record files
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(
             self,
             (self.length >= 2, f"length must be at least 2, got {self.length}"),
@@ -126,6 +130,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         sizes = dataclasses.asdict(self)
         require(
             self,
@@ -170,13 +175,10 @@ class TrainConfig:
     profile_steps: int = 0  # its length; 0 profiles nothing
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(
             self,
             (self.steps >= 1, f"steps must be at least 1, got {self.steps}"),
-            (
-                self.optimizer.warmup_steps < self.steps,
-                f"optimizer.warmup_steps must be below steps={self.steps}, got {self.optimizer.warmup_steps}",
-            ),
             (
                 self.data.batch_size % self.optimizer.accumulation == 0,
                 f"data.batch_size must be a multiple of optimizer.accumulation, got {self.data.batch_size} and "

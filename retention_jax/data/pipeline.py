@@ -52,15 +52,30 @@ def prepare(config: DataConfig, seed: int) -> list[tfds.core.DatasetBuilder]:
     Raises:
       ValueError: on another seed, and when a file is missing, unreadable, too short or not understood.
     """
+    return [_prepared(config, *wanted) for wanted in _wanted(config, seed)]
+
+
+def digests(config: DataConfig, seed: int) -> dict[str, str]:
+    """For each source a name of its documents, which changes with whatever they are made from; nothing is made.
+
+    Raises:
+      ValueError: as `prepare` does, but for what only shows when a file is read whole.
+    """
+    names = config.files or (config.path or config.task,)
+    return {name: wanted.name for name, (_, wanted) in zip(names, _wanted(config, seed), strict=True)}
+
+
+def _wanted(config: DataConfig, seed: int) -> list[tuple[Any, tfds.core.BuilderConfig]]:
+    """Builder and its settings for each source."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
     match config.task:
         case "recall":
-            return [_prepared(config, builders.Recall, builders.recall_config(config, seed))]
+            return [(builders.Recall, builders.recall_config(config, seed))]
         case "text":
-            return [_prepared(config, builders.Text, builders.text_config(config))]
+            return [(builders.Text, builders.text_config(config))]
         case "chat":
-            return [_prepared(config, builders.Chat, wanted) for wanted in builders.chat_configs(config)]
+            return [(builders.Chat, wanted) for wanted in builders.chat_configs(config)]
 
 
 def _prepared(config: DataConfig, builder_class: Any, builder_config: tfds.core.BuilderConfig) -> Any:

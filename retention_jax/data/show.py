@@ -4,6 +4,7 @@ python -m retention_jax.data.show --config=configs/chat.py --config.backbone=MOD
 """
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from absl import app, flags, logging
@@ -13,9 +14,10 @@ from ml_collections import config_flags
 from retention_jax.config import TrainConfig
 from retention_jax.config.conversion import from_config_dict
 from retention_jax.data import builders, pipeline
+from retention_jax.runtime import command
 from retention_jax.text.tokenizer import Tokenizer
 
-_MEASURED = 64  # rows that the last line is about, at least
+_MEASURED = 64  # rows that the last line speaks of, at least
 
 
 def show(config: TrainConfig, rows: int, marks: tuple[str, str]) -> str:
@@ -62,17 +64,21 @@ def _marked(
     return text
 
 
-def main(argv: list[str]) -> None:
+def define_flags(values: flags.FlagValues) -> None:
+    """Not at import, so that tests can have flags of their own."""
+    config_flags.DEFINE_config_file("config", None, "The run's config file.", lock_config=True, flag_values=values)
+    flags.DEFINE_integer("rows", 1, "Rows to print.", lower_bound=0, flag_values=values)
+    flags.mark_flag_as_required("config", flag_values=values)
+
+
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # TFDS tells a lot at INFO
-    config = from_config_dict(TrainConfig, flags.FLAGS.config)
-    print(show(config, flags.FLAGS.rows, ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")))
+    if not values["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # TFDS writes a lot at INFO
+    config = from_config_dict(TrainConfig, values.config)
+    print(show(config, values.rows, ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")))
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The run's config file.", lock_config=True)
-    flags.DEFINE_integer("rows", 1, "Rows to print.", lower_bound=0)
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command.run(main, define_flags)

@@ -18,8 +18,9 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 
+from retention_jax.runtime import files
+
 _ENDINGS = (".jsonl", ".json", ".parquet")
-_MOST_PROBLEMS = 10  # told at once
 
 
 def files_of(source: str) -> list[pathlib.Path]:
@@ -74,7 +75,7 @@ def objects(source: str) -> list[dict[str, Any]]:
             else:
                 problems.append(f"{path}, {place}: {row if isinstance(row, ValueError) else 'must be an object'}")
     if problems or not found:
-        raise ValueError("\n".join(problems[:_MOST_PROBLEMS]) or f"{source}: has no rows")
+        raise ValueError(files.first_problems(problems) or f"{source}: has no rows")
     return found
 
 

@@ -5,8 +5,8 @@ the same object with the fields of `RESULT_FIELDS`. Lines come in the order in w
 killed goes on when it is started again: finished rows are not computed twice.
 """
 
+import contextlib
 import json
-import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from jax.experimental import multihost_utils
 from retention_jax.generation import conversation
 from retention_jax.generation.conversation import Totals, Writer
 from retention_jax.generation.decoding import generate
+from retention_jax.parallel import distributed
+from retention_jax.runtime import files
 
 # index: of the row, from 0. stopped: whether the reply ended itself. run: `conversation.run_id` of the settings.
 RESULT_FIELDS = ("index", "output", "prompt_tokens", "new_tokens", "stopped", "run")
@@ -51,8 +53,7 @@ def read_prompts(writer: Writer, path: pathlib.Path) -> list[Prompt]:
         except ValueError as error:
             problems.append(f"{path}, line {number}: {error}")
     if problems:
-        more = [f"and {len(problems) - 10} lines more"] * (len(problems) > 10)
-        raise ValueError("\n".join(problems[:10] + more))
+        raise ValueError(files.first_problems(problems))
     if not prompts:
         raise ValueError(f"{path}: has no prompts")
     return prompts
@@ -69,34 +70,34 @@ def _tokens(writer: Writer, row: Any) -> list[int]:
         isinstance(row["messages"], list) and all(isinstance(m, dict) for m in row["messages"])
     ):
         raise ValueError("messages must be a list of objects")
-    _dump(row)  # refuses halves of surrogate pairs, which could not be written
+    files.json_line(row)  # refuses what could not be written: NaN, and half a surrogate pair
     return conversation.prompt_tokens(writer, row["prompt"] if "prompt" in row else row["messages"])
 
 
 def write_results(writer: Writer, prompts: list[Prompt], path: pathlib.Path, batch_size: int, run: str) -> Totals:
     """Continues every prompt that has no result yet, in batches of similar length, the longest first.
 
-    Samples depend on the seed and on a row's index, not on batches. All processes work on every batch; only process 0
-    writes, whole lines, after each one.
+    What is drawn for a row depends on the seed and on the row's index, not on its place in a batch. Logits can differ
+    by rounding with the padded width of the batch, and in bfloat16 that can change a token. All processes work on every
+    batch. Only process 0 writes: whole lines, after each batch.
 
     Raises:
-      ValueError: when `path` holds results of other prompts or settings, or batch_size is below 1.
+      ValueError: when `path` holds results of other prompts or settings, when another process writes it, or when
+        batch_size is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     first_process, totals = jax.process_index() == 0, Totals()
-    finished = np.zeros(len(prompts), bool)
-    indices, whole = _finished(prompts, path, run)
-    finished[indices] = True
-    finished = multihost_utils.broadcast_one_to_all(finished)  # all have read before the first writes
-    if first_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        os.truncate(path, whole)
-    todo = sorted((p for p in prompts if not finished[p.index]), key=lambda p: -len(p.tokens))
-    with tqdm.tqdm(
-        total=len(prompts), initial=len(prompts) - len(todo), unit="prompt", disable=None if first_process else True
-    ) as progress:
+    with contextlib.ExitStack() as held:
+        open_results = lambda: _open_results(held, prompts, path, run) if first_process else []
+        finished = np.zeros(len(prompts), bool)
+        finished[distributed.together(open_results)] = True
+        finished = multihost_utils.broadcast_one_to_all(finished)
+        todo = sorted((p for p in prompts if not finished[p.index]), key=lambda p: -len(p.tokens))
+        progress = tqdm.tqdm(
+            total=len(prompts), initial=len(prompts) - len(todo), unit="prompt", disable=None if first_process else True
+        )
+        held.enter_context(progress)
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
             out = generate(
@@ -111,9 +112,17 @@ def write_results(writer: Writer, prompts: list[Prompt], path: pathlib.Path, bat
             )
             totals = totals.add(out.stats)
             if first_process:
-                _append(path, [_result(writer, p, new, run) for p, new in zip(batch, out.tokens, strict=True)])
+                results = [_result(writer, p, new, run) for p, new in zip(batch, out.tokens, strict=True)]
+                files.append_json_line(path, *results)
             progress.update(len(batch))
     return totals
+
+
+def _open_results(held: contextlib.ExitStack, prompts: list[Prompt], path: pathlib.Path, run: str) -> list[int]:
+    """Makes the file where it is not there, and holds it for this process. The indices of the rows that it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held.enter_context(files.locked(path))
+    return _finished(prompts, path, run)
 
 
 def _result(writer: Writer, prompt: Prompt, new: list[int], run: str) -> dict[str, Any]:
@@ -128,39 +137,21 @@ def _result(writer: Writer, prompt: Prompt, new: list[int], run: str) -> dict[st
     return {**prompt.row, **dict(zip(RESULT_FIELDS, values, strict=True))}
 
 
-def _finished(prompts: list[Prompt], path: pathlib.Path, run: str) -> tuple[list[int], int]:
-    """Indices of the rows that `path` has results of, and its length in bytes up to the last whole line."""
-    if not path.exists():
-        return [], 0
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
+def _finished(prompts: list[Prompt], path: pathlib.Path, run: str) -> list[int]:
+    """Indices of the rows that `path` has results of."""
+    results, torn = files.read_json_lines(path)
     indices = []
-    for number, line in enumerate(content[:whole].splitlines(), 1):
-        try:
-            result = json.loads(line)
-        except ValueError:
-            result = None
+    for number, result in enumerate(results, 1):
         if not isinstance(result, dict) or any(name not in result for name in RESULT_FIELDS):
             raise ValueError(f"{path}, line {number}: no result of this command; name another --output")
         if result["run"] != run:
             raise ValueError(f"{path}, line {number}: written with other settings; name another --output")
         row = {name: value for name, value in result.items() if name not in RESULT_FIELDS}
-        if not 0 <= result["index"] < len(prompts) or _dump(row) != _dump(prompts[result["index"]].row):
+        index = result["index"]
+        if not isinstance(index, int) or not 0 <= index < len(prompts) or row != prompts[index].row:
             raise ValueError(f"{path}, line {number}: the result of another prompt; name another --output")
-        indices.append(result["index"])
-    half = content[whole:]  # a machine that went down can leave one
-    begun = (_dump(p.row)[:-1] for p in prompts)
-    if half and not any(half.startswith(row) or row.startswith(half) for row in begun):
+        indices.append(index)
+    begun = (files.json_line(p.row)[:-1] for p in prompts)
+    if torn and not any(torn.startswith(row) or row.startswith(torn) for row in begun):
         raise ValueError(f"{path}: does not end with a result of this command; name another --output")
-    return indices, whole
-
-
-def _dump(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode()
-
-
-def _append(path: pathlib.Path, results: list[dict[str, Any]]) -> None:
-    with open(path, "ab") as file:
-        file.write(b"".join(_dump(result) + b"\n" for result in results))
-        file.flush()
-        os.fsync(file.fileno())
+    return indices

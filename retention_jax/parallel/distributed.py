@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from retention_jax.runtime import command
 from retention_jax.runtime.nested import differing
 
 # Seconds without a sign of life after which a process counts as dead and all others end. jax waits 100, too long for a
@@ -51,7 +52,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def joined(values: flags.FlagValues) -> Iterator[None]:
     """Joins the other processes if there are any. An error in the block ends this process at once, and so the others.
 
-    At once: the ordinary end waits for processes that wait for this one.
+    At once, because the ordinary end waits for processes that wait for this one. It is told as `command.run` does.
 
     Raises:
       ValueError: when only some of the three flags are given, or they do not fit together.
@@ -65,11 +66,16 @@ def joined(values: flags.FlagValues) -> Iterator[None]:
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=_HEARTBEAT)
     try:
         yield
-    except (Exception, KeyboardInterrupt):
-        traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+    except (Exception, KeyboardInterrupt) as error:
+        status = 1
+        if isinstance(error, (KeyboardInterrupt, *command.EXPECTED)):
+            status = command.report(error, debug="debug" in values and values.debug)
+        else:
+            traceback.print_exc()
+        with contextlib.suppress(OSError):  # a closed pipe
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
 def _from_flags(values: flags.FlagValues) -> dict[str, Any]:
@@ -142,8 +148,8 @@ def together(do: Callable[[], T]) -> T:
     Without it only the process whose disk is full would tell, and the others wait for it until it counts as dead.
 
     Raises:
-      RuntimeError: in a process where `do` went well and in others did not, with what they say; where it did not, what
-        `do` itself raised.
+      command.ElsewhereError: in a process where `do` went well and in others did not, with what they say; where it did
+        not, what `do` itself raised.
     """
     result, failed = None, None
     try:
@@ -154,7 +160,7 @@ def together(do: Callable[[], T]) -> T:
     if failed is not None:
         raise failed
     if told := [f"process {i}: {problem}" for i, problem in enumerate(problems) if problem]:
-        raise RuntimeError("; ".join(told))
+        raise command.ElsewhereError("; ".join(told))
     return result  # pyright: ignore[reportReturnType]  # set, since nothing failed
 
 

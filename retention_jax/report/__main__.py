@@ -22,7 +22,7 @@ from absl import app, flags
 from retention_jax.evaluation import plots
 from retention_jax.report import figures, page, results
 from retention_jax.report.results import Results
-from retention_jax.runtime import files
+from retention_jax.runtime import command, files
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -80,5 +80,4 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags(flags.FLAGS)
-    app.run(main)
+    command.run(main, define_flags)

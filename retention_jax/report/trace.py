@@ -31,7 +31,7 @@ from retention_jax.models import decoder, weights
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.inputs import Inputs
 from retention_jax.parallel import sharding
-from retention_jax.runtime import files, hub, program_cache
+from retention_jax.runtime import command, files, hub
 from retention_jax.text import tokenizer
 
 NEVER = 0  # as a time of eviction: still kept when the sequence ended
@@ -282,7 +282,4 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.config_with_absl()
-    program_cache.keep_programs()
-    define_flags(flags.FLAGS)
-    app.run(main)
+    command.run(main, define_flags)

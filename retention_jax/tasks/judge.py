@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import logging
 
+from ..runtime import files
 from .rows import lacking
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -68,7 +69,7 @@ def client(
                 "max_tokens": max_tokens,
             }
             verdict = _verdict(endpoint, _posted(endpoint, body, timeout, sleep))
-            _append(verdicts, {"key": key, "model": model, "prompt": prompt, "verdict": verdict})
+            files.append_json_line(verdicts, {"key": key, "model": model, "prompt": prompt, "verdict": verdict})
             known[key] = verdict
         return known[key]
 
@@ -134,38 +135,22 @@ def _verdict(endpoint: str, reply: bytes) -> str:
         raise ValueError(f"judge: {endpoint} does not answer with a chat completion: {shown!r}") from error
     if not isinstance(text, str):
         raise ValueError(f"judge: {endpoint} answers without text; a longer reply may be needed: {shown!r}")
-    return text.strip()
+    return text.strip().encode(errors="replace").decode()  # half a surrogate pair could not be written down
 
 
 # The file of verdicts
 
 
 def _read(path: pathlib.Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        logging.warning("%s: its last line is cut short and dropped: %r", path, content[whole:][:_SHOWN])
-        os.truncate(path, whole)  # the next verdict would be glued to it
+    rows, torn = files.read_json_lines(path)
+    if torn:
+        logging.warning("%s: its last line is cut short and dropped: %r", path, torn[:_SHOWN])
     known, problems = {}, []
-    for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
-        try:
-            row: Any = json.loads(line)
-        except ValueError:
-            row = line
+    for number, row in enumerate(rows, 1):
         if missing := lacking(row, {"key": str, "verdict": str}):
             problems.append(f"{path}, line {number}: not a verdict of a judge, {missing[0]}")
         else:
             known[row["key"]] = row["verdict"]
     if problems:
-        raise ValueError("\n".join(problems[:10]))
+        raise ValueError(files.first_problems(problems))
     return known
-
-
-def _append(path: pathlib.Path, row: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())

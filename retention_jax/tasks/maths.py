@@ -8,6 +8,7 @@ aime      hf://datasets/HuggingFaceH4/aime_2024/data/*.parquet, hf://datasets/Ma
 from typing import Any
 
 from retention_jax.data import sources
+from retention_jax.runtime import files
 from retention_jax.tasks import math_answers
 from retention_jax.tasks.example import Example, Task, Turn
 
@@ -40,7 +41,7 @@ def load(name: str, source: str, *, max_new_tokens: int) -> Task:
         except ValueError as error:
             problems.append(f"{source}, row {number}: {error}")
     if problems:
-        raise ValueError("\n".join(problems[:10]))
+        raise ValueError(files.first_problems(problems))
     source = "prompt: model cards of Qwen3 and DeepSeek-R1"
     return Task(tuple(examples), "accuracy", _score, True, source, of_unended=math_answers.marked)
 

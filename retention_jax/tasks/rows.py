@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..data import sources
-
-_MOST_PROBLEMS = 10  # told at once
+from ..runtime import files
 
 
 def checked_rows(
@@ -25,8 +24,7 @@ def checked_rows(
             if first != number:
                 found.append(f"{source}, row {number}: has the {unique!r} of row {first}, {row[unique]!r}")
     if found:
-        more = [f"and {len(found) - _MOST_PROBLEMS} more"] if len(found) > _MOST_PROBLEMS else []
-        raise ValueError("\n".join(found[:_MOST_PROBLEMS] + more))
+        raise ValueError(files.first_problems(found))
     return rows
 
 

@@ -19,6 +19,7 @@ import tqdm
 from absl import logging
 
 from retention_jax.data import sources
+from retention_jax.runtime import files
 from retention_jax.tasks import ruler_documents, ruler_prompts
 from retention_jax.tasks.example import Example, Task, Turn
 from retention_jax.tasks.ruler_prompts import Needles, Prompt
@@ -26,7 +27,6 @@ from retention_jax.tasks.ruler_prompts import Needles, Prompt
 SOURCE = "arXiv 2404.06654, github.com/NVIDIA/RULER"
 SHORTEST = 256  # tokens
 _DEMONSTRATION = 500  # tokens of the example in `vt`
-_MOST_PROBLEMS = 10  # told at once
 
 NEEDLES = {
     "niah_single_1": Needles("repeat"),
@@ -238,7 +238,7 @@ def from_rows(source: str) -> Task:
             f"{source}: rows are of one task, got " + ", ".join(f"{f} (row {i})" for f, i in families.items())
         )
     if problems:
-        raise ValueError("\n".join(problems[:_MOST_PROBLEMS]))
+        raise ValueError(files.first_problems(problems))
     [family] = families
     return _task(made, FAMILIES[family])
 

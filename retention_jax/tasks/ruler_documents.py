@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retention_jax.data import sources
+from retention_jax.runtime import files
 from retention_jax.tasks.ruler_prompts import Prompt
 
-_MOST_PROBLEMS = 10  # told at once
 _TASK = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
 )
@@ -97,7 +97,7 @@ def _library(
         except (TypeError, ValueError) as error:
             problems.append(f"{source}, {kind} {number}: {error}")
     if problems or not questions:
-        raise ValueError("\n".join(problems[:_MOST_PROBLEMS]) or f"{source}: has no question with an answer")
+        raise ValueError(files.first_problems(problems) or f"{source}: has no question with an answer")
     return Library(tuple(questions), tuple(sorted(documents)))
 
 

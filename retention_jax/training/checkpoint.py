@@ -3,11 +3,13 @@
 A checkpoint is written beside its final name and renamed when it is complete, so a crash never leaves half of one.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -57,12 +59,12 @@ def restore_latest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
     """The newest checkpoint that can be read, laid out like `like` on whatever mesh that is; None when there is none.
 
     Newer ones that are damaged are named in a warning and set aside as `STEP.damaged`, so that their steps can be saved
-    again. All processes restore the same one: what one of them finds damaged is damaged for all. Whatever else keeps
-    one from reading, such as a disk that fails or memory that runs out, ends the run and sets nothing aside.
+    again. All processes restore the same one: what one of them finds damaged is damaged for all. Any other failure,
+    such as a disk that fails or memory that runs out, ends the run and sets nothing aside.
 
     Raises:
       ValueError: when every checkpoint is damaged, or the newest that can be read is of another model.
-      Exception: what reading raises beside damage, and RuntimeError in the other processes.
+      Exception: what reading raises beside damage, and ElsewhereError in the other processes.
     """
     steps = json.loads(distributed.gather(json.dumps(sorted(manager.all_steps(), reverse=True)))[0])
     damaged: dict[pathlib.Path, str] = {}
@@ -149,8 +151,8 @@ def _shapes_of_saved(handler: ocp.StandardCheckpointHandler, where: pathlib.Path
     return {"/".join(str(key.key) for key in path[:-1]): tuple(leaf.shape) for path, leaf in leaves}
 
 
-# Fields, or groups of them, of which a run's numbers do not depend beyond rounding: where and how fast it is computed,
-# how often it is saved and told of. So a run may go on with other ones, on what devices there are.
+# Fields, or groups of fields, that change a run's numbers by rounding at most: where and how fast it is computed, how
+# often it is saved and reported. A run may go on with other values, on whatever devices there are.
 _FREE = (
     "mesh",
     "remat",
@@ -161,32 +163,84 @@ _FREE = (
     "profile_steps",
     "data.cache_dir",
 )
+_CONFIG, _INPUTS = "config.json", "inputs.json"  # what a workdir's checkpoints are of
 
 
-def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
-    """Writes the configuration into a new workdir, or checks that an old one belongs to the same, `_FREE` fields apart.
+def check_workdir(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, str]) -> None:
+    """Raises ValueError where a workdir has checkpoints of another run; writes nothing. All processes must call it.
+
+    A workdir without checkpoints belongs to nobody, so a command that failed before its first one claims none.
+
+    Args:
+      workdir: the run's folder, which need not exist.
+      config: the run's; `_FREE` fields may differ from those of earlier starts.
+      inputs: digests of what the run reads, by a name for messages. Only those that the workdir knows are compared, so
+        that they can be checked one after the other.
 
     Raises:
-      ValueError: when processes do not share the workdir, and when it was made with another configuration; every field
-        that differs is listed.
-      OSError: when the workdir cannot be written; RuntimeError in processes other than the one that found out.
+      ValueError: naming every field and every input that differs; ElsewhereError in processes that see none.
     """
-    distributed.share_folder(workdir)
-    distributed.together(lambda: _claim(workdir, json.loads(json.dumps(conversion.to_dict(config)))))
+    distributed.together(lambda: _check(workdir, config, inputs))
 
 
-def _claim(workdir: pathlib.Path, ours: dict[str, Any]) -> None:
-    path = workdir / "config.json"
-    if path.exists():
-        try:
-            theirs = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from error
-        free = lambda name: any(name == field or name.startswith(f"{field}.") for field in _FREE)
-        if changes := [change for change in differing(theirs, ours) if not free(change[0])]:
-            raise ValueError(
-                f"{workdir} belongs to another configuration; give another --workdir, or go back to: "
-                + ", ".join(f"{name}={before!r} (now {now!r})" for name, before, now in changes)
-            )
-    elif jax.process_index() == 0:
-        files.write_atomically(path, lambda p: p.write_text(json.dumps(ours, indent=2)))
+def _check(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, str]) -> None:
+    if not _has_checkpoints(workdir):
+        return
+    free = lambda name: any(name == field or name.startswith(f"{field}.") for field in _FREE)
+    theirs = _read(workdir / _CONFIG)
+    if theirs is not None and (
+        changes := [change for change in differing(theirs, _plain(config)) if not free(change[0])]
+    ):
+        raise ValueError(
+            f"{workdir} belongs to another configuration; give another --workdir, or go back to: "
+            + ", ".join(f"{name}={before!r} (now {now!r})" for name, before, now in changes)
+        )
+    known = _read(workdir / _INPUTS) or {}
+    if changed := [name for name, digest in inputs.items() if known.get(name, digest) != digest]:
+        raise ValueError(
+            f"{workdir} holds a run of other inputs; give another --workdir, or put back what has changed since: "
+            + ", ".join(changed)
+        )
+
+
+@contextlib.contextmanager
+def claimed(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, str]) -> Iterator[None]:
+    """Holds a workdir for this run alone, and writes into it what `check_workdir` compares. Makes it if need be.
+
+    Raises:
+      ValueError: when another run holds it, and as `check_workdir` does.
+      OSError: when it cannot be written. ElsewhereError in processes other than the one that found out.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            _check(workdir, config, inputs)
+            if jax.process_index() == 0:
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(files.locked(workdir / "lock"))
+                for name, values in ((_CONFIG, _plain(config)), (_INPUTS, inputs)):
+                    if not (workdir / name).exists() or not _has_checkpoints(workdir):
+                        text = json.dumps(values, indent=2)
+                        files.write_atomically(workdir / name, lambda path, text=text: path.write_text(text))
+
+        distributed.together(claim)
+        yield
+
+
+def _has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Whether any was written whole, damaged since or not."""
+    return any(path.name.removesuffix(".damaged").isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(conversion.to_dict(config)))
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+    """A file of JSON; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error

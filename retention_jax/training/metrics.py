@@ -1,8 +1,8 @@
 """Where the numbers of a run go: JSON lines, TensorBoard events and one progress bar. Only process 0 writes."""
 
-import json
 import pathlib
 import sys
+import time
 from types import TracebackType
 
 import jax
@@ -13,12 +13,30 @@ from retention_jax.runtime import files
 
 
 def say(text: str) -> None:
-    """Tells the user where a run is: a line on standard error, above the progress bar, from process 0.
+    """Writes a line of progress to standard error, above the progress bar; process 0 only.
 
-    Not absl's log, whose INFO level is full of what Orbax does.
+    It does not go through absl's log, because Orbax fills that log's INFO level.
     """
     if jax.process_index() == 0:
         tqdm.tqdm.write(text, file=sys.stderr)
+
+
+class Meter:
+    """Rates over the time since the first step ended, so that compilation does not count."""
+
+    def __init__(self, tokens: int) -> None:
+        """`tokens` is how many a step processes."""
+        self._tokens = tokens
+        self._start: tuple[int, float] | None = None
+
+    def tick(self, step: int) -> dict[str, float]:
+        """To be called when a step has ended. Steps and tokens a second; {} after the first step."""
+        now = time.perf_counter()
+        if self._start is None:
+            self._start = (step, now)
+            return {}
+        rate = (step - self._start[0]) / (now - self._start[1])
+        return {"steps_per_second": rate, "tokens_per_second": rate * self._tokens}
 
 
 class MetricWriter:
@@ -30,15 +48,14 @@ class MetricWriter:
             return
         path = workdir / "metrics.jsonl"
         _forget_after(path, first_step)
-        self._lines = path.open("a")
+        self._lines = files.open_json_lines(path)
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm.tqdm(total=steps, initial=first_step, desc=label, unit="step", disable=not sys.stderr.isatty())
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Records the scalars of one step."""
         if self._active:
-            self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
-            self._lines.flush()
+            files.append_json_line(self._lines, {"step": step, **scalars})
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
 
@@ -61,14 +78,9 @@ class MetricWriter:
 
 
 def _forget_after(path: pathlib.Path, step: int) -> None:
-    """Drops lines of steps that will be run again, and a line that a kill cut off."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue
-    files.write_atomically(path, lambda p: p.write_text("".join(kept)))
+    """Drops the lines of steps that will be run again."""
+    values = files.read_json_lines(path).values
+    kept = [value for value in values if isinstance(value, dict) and value.get("step", step + 1) <= step]
+    if len(kept) < len(values):
+        text = b"".join(files.json_line(value) + b"\n" for value in kept)
+        files.write_atomically(path, lambda temporary: temporary.write_bytes(text))
