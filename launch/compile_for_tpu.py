@@ -17,7 +17,6 @@ rematerialisation and other meshes where it does not fit, larger batches and the
 import json
 import math
 import os
-import re
 import time
 from typing import Any, NamedTuple
 
@@ -160,12 +159,7 @@ def asked() -> Setup:
     config = conversion.from_config_dict(TrainConfig, flags.FLAGS.config)
     model = config.model if config.model and not _MODEL.value else None
     model = model or model_shapes.of(_MODEL.value or config.backbone, config.dtype)
-    mesh = config.mesh
-    if _MESH.value:
-        pairs = [part.partition(":") for part in _MESH.value.split(",")]
-        if bad := [axis for axis, _, n in pairs if axis not in sharding.AXES or not re.fullmatch(r"-?\d+", n)]:
-            raise ValueError(f"--mesh must be as in data:2,fsdp:4 with axes {', '.join(sharding.AXES)}; got {bad[0]!r}")
-        mesh = MeshConfig(**{axis: 1 for axis in sharding.AXES} | {axis: int(n) for axis, _, n in pairs})
+    mesh = MeshConfig.parse(_MESH.value) if _MESH.value else config.mesh
     devices = len(topologies.get_topology_desc(platform="tpu", topology_name=str(_TOPOLOGY.value)).devices)
     kept = CacheConfig(budget=_BUDGET.value, recent=_RECENT.value, prefill_chunk=_CHUNK.value)
     setup = Setup(_PROGRAM.value, config, model, mesh.over(devices), kept)

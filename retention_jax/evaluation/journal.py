@@ -1,4 +1,4 @@
-"""What of an evaluation is done: JSON lines on disk, so that a killed run goes on where it was.
+"""What an evaluation has done so far: JSON lines on disk, so that a killed run goes on where it was.
 
 Each process appends to a file of its own, `journal-<process>.jsonl`; all read all files when they start. A file's first
 line says what its results depend on, each further line is the result of one unit, or the scores of its answers.
@@ -20,8 +20,8 @@ class Unit(NamedTuple):
     length: int
     policy: str
     budget: int
-    seed: int  # streams: of the sequences. answers: which sample, from 0
-    batch: int  # answers: which batch of examples. streams: 0
+    seed: int  # sequences: their seed. answers: which sample, from 0
+    batch: int  # answers: which batch of examples. sequences: 0
 
 
 Result = dict[str, Any]  # plain JSON values
