@@ -30,7 +30,6 @@ from retention_jax.policies.table import POLICIES
 from retention_jax.runtime import hub, program_cache
 from retention_jax.text import tokenizer
 
-
 # Of the fields of CacheConfig, each of which is a flag.
 CACHE_HELP = {
     "budget": "Average kept entries per layer and head.",
@@ -134,7 +133,7 @@ def make_mesh(values: flags.FlagValues) -> Mesh | None:
     sizes = MeshConfig.parse(values.mesh).over(jax.device_count())
     rows = sizes["data"] * sizes["fsdp"]
     if rows > 1 and values.prompts is None:
-        raise ValueError(f"--prompt and --chat read one text at a time: mesh data and fsdp must be 1, got {values.mesh}")
+        raise ValueError(f"--prompt and --chat read one text at a time: mesh data and fsdp must be 1, got {rows}")
     if values.batch_size % rows:
         raise ValueError(f"--batch_size must be a multiple of mesh data * fsdp = {rows}, got {values.batch_size}")
     return sharding.make_mesh(**sizes)

@@ -1,9 +1,9 @@
 """Statements about attention dilution, reconstructed and proved by ourselves.
 
-The propositions of arXiv 2605.09649 are known to us by one-line descriptions only: 3.1, distractors that nearly tie with
-useful tokens force dilution; 3.2, keeping useful tokens by preference lowers it. `least_dilution`, `needed_margin` and
-`dilution_after` are statements of that kind, not quotations. So are `expected_use` and `age_of_equal_use`, about the
-paper's geometric retention, which is what chooses the tokens to keep.
+We know the propositions of arXiv 2605.09649 by one-line descriptions only. 3.1: distractors that nearly tie with useful
+tokens force dilution. 3.2: keeping useful tokens by preference lowers it. `least_dilution`, `needed_margin` and
+`dilution_after` are statements of that kind, not quotations. So are `expected_use` and `age_of_equal_use`. They are
+about the paper's geometric retention, which chooses the tokens to keep.
 """
 
 import numpy as np

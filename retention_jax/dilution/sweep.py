@@ -51,8 +51,8 @@ def run(model: Decoder, config: EvalConfig, data: DataConfig, output: pathlib.Pa
       output: folder for `dilution.json` and `dilution.png`; None writes nothing. Only process 0 writes.
 
     Raises:
-      ValueError: as `check` does, when the vocabulary is too small for the task, and when a buffer does not fit the mesh
-        that the model is on.
+      ValueError: as `check` does, when the vocabulary is too small for the task, and when a buffer does not fit the
+        model's mesh.
     """
     check(config, data)
     if model.config.vocab_size < recall.VOCAB_SIZE:
@@ -89,7 +89,8 @@ def _shared_out(measured: list[Result]) -> list[Result]:
         return measured
     plain = [[value.tolist() if isinstance(value, np.ndarray) else value for value in result] for result in measured]
     array = lambda value: np.array(value) if isinstance(value, list) else value
-    return [Result(*map(array, values)) for text in distributed.gather(json.dumps(plain)) for values in json.loads(text)]
+    found = [values for text in distributed.gather(json.dumps(plain)) for values in json.loads(text)]
+    return [Result._make(map(array, values)) for values in found]
 
 
 def evaluated(model: Decoder, config: EvalConfig, data: DataConfig, length: int, name: str, budget: int) -> Result:
@@ -101,7 +102,7 @@ def evaluated(model: Decoder, config: EvalConfig, data: DataConfig, length: int,
     accuracy, dilution, off_facts, margins, crowds = [], [], [], [], []
     for rows, labels in zip(tokens, label_mask, strict=True):  # a seed at a time: the full cache needs the memory
         n = len(rows)
-        rows_and_more = np.pad(rows, ((0, -n % devices.row_parts(model)), (0, 0)), mode="edge")
+        rows_and_more = np.pad(rows, ((0, -n % sharding.row_parts(model)), (0, 0)), mode="edge")
         asked = np.clip(rows_and_more - recall.FIRST_KEY, 0, recall.NUM_KEYS - 1)
         with sharding.enter_mesh_of(model):
             measured = measure(model, rows_and_more, recall.facts_at(rows_and_more), asked, cache)

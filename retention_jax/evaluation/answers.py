@@ -19,6 +19,7 @@ from retention_jax.evaluation.prompts import Prompt, num_tokens
 from retention_jax.evaluation.rows import Row, interval
 from retention_jax.generation import decoding
 from retention_jax.models.decoder import Decoder
+from retention_jax.parallel import sharding
 from retention_jax.tasks.example import Task
 from retention_jax.text.tokenizer import Tokenizer
 
@@ -99,15 +100,15 @@ class Answers:
             yield unit, result
 
     def _answered(self, batch: list[Prompt], cache: CacheConfig, sample: int) -> Result:
-        batch = batch + batch[-1:] * (-len(batch) % devices.row_parts(self.model))
+        batch = batch + batch[-1:] * (-len(batch) % sharding.row_parts(self.model))
         compiled, started = devices.compile_seconds(), time.perf_counter()
         buffer, last, done, stats = None, [], [], {}
         if batch[0].context:
             buffer = self._read([prompt.context for prompt in batch], cache, None)
         for turn, max_new_tokens in enumerate(self.new_tokens[batch[0].index]):
             asked = [self._asked(prompt, turn, last[i] if last else None) for i, prompt in enumerate(batch)]
-            # Where the next turn has a given text in place of the answer, the answer must leave no trace: the question is
-            # read once more, into a copy of the buffer.
+            # Where the next turn has a given text in place of the answer, the answer must leave no trace. So the
+            # question is read once more, into a copy of the buffer.
             untouched = self._read(asked, cache, jax.tree.map(jnp.copy, buffer)) if batch[0].told[turn] else None
             out = decoding.generate(
                 self.model,
@@ -128,7 +129,8 @@ class Answers:
         answers = {prompt.index: (prompt, [turn[i] for turn in done]) for i, prompt in enumerate(batch)}
         return {
             "answers": [
-                self._answer(prompt, turn, new) for prompt, new_tokens in answers.values()
+                self._answer(prompt, turn, new)
+                for prompt, new_tokens in answers.values()
                 for turn, new in enumerate(new_tokens)
             ],
             "kv_bytes": int(stats["kv_bytes"]) // len(batch),

@@ -5,7 +5,6 @@ layers and heads together: the same score, but each head has a budget of its own
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from retention_jax.config import CacheConfig, EvalConfig
@@ -66,7 +65,7 @@ def buffer_of(config: EvalConfig, name: str, budget: int, length: int) -> CacheC
     """
     policy, found = policy_of(name), options(config, name)
     if policy is None:
-        return dataclasses.replace(CacheConfig.full(length, recent=config.recent), prefill_chunk=config.prefill_chunk)
+        return CacheConfig.full(length, **found)
     return CacheConfig(budget=budget, policy=policy.name, **found)
 
 
@@ -84,10 +83,19 @@ def problems(config: EvalConfig) -> list[str]:
         value, default = getattr(config, option), EvalConfig.__dataclass_fields__[option].default
         if value != default and known and not any(_honours(policy_of(name), option) for name in known):
             honour = [name for name in names() if _honours(policy_of(name), option)]
-            found.append(f"{option}={value} says nothing to any of {', '.join(known)}; it goes with {', '.join(honour)}")
-    for name, budget in cells(dataclasses.replace(config, policies=tuple(known)), max(config.lengths)):
+            found.append(f"{option}={value} changes nothing for {', '.join(known)}; it goes with {', '.join(honour)}")
+    longest = max(config.lengths)
+    for name, budget in cells(config, longest):
         try:
-            buffer_of(config, name, budget, max(config.lengths))
+            if name in known:
+                buffer_of(config, name, budget, longest)
         except ValueError as error:
             found.append(f"{name} with {budget} entries: {error}")
     return found
+
+
+def _honours(policy: Policy | None, option: str) -> bool:
+    """Whether an option can change what a policy keeps; None is the full cache."""
+    if policy is None:
+        return option in ("recent", "prefill_chunk")
+    return option in policy.options or not any(option in row.options for row in POLICIES.values())

@@ -37,8 +37,8 @@ class Row(NamedTuple):
     full_kv_bytes: int  # keys and values of all tokens of the longest sequence, answers as long as they were
     seconds: float  # for all of it, without compilation
     tokens_per_second: float  # tokens read (sequences) or written (answers), in those seconds
-    # Memory of a device that the largest compiled program needs at once, by the compiler's own count: weights, cache and
-    # temporaries. None where the platform has no such count.
+    # Memory of a device that the largest compiled program needs at once, by the compiler's own count: weights, cache
+    # and temporaries. None where the platform has no such count.
     peak_bytes: int | None
     groups: dict[str, float]  # mean score of each group of problems; {} where a task has no groups
     cut: int  # problems whose prompts were too long for the model and were cut as the task's authors do
@@ -125,8 +125,8 @@ def _cell(row: Row) -> str:
 def header(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What is true of a whole run: configuration, versions, device, seed, git commit, date.
 
-    The commit is None outside a repository. All of it is about the run that ended last; a row's `made_by` names the code
-    that computed it.
+    The commit is None outside a repository. All of it is about the run that ended last; a row's `made_by` names the
+    code that computed it.
     """
     return {
         "config": dict(config),

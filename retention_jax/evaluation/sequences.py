@@ -43,7 +43,7 @@ def examples(
     """Sequences of `length` tokens for each seed, and which of their tokens are scored.
 
     recall: `config.examples` new sequences for each seed. text: rows of the held-out tail, shuffled by the first seed
-    and dealt out, so that no two seeds share a row; each seed gets fewer than `config.examples` where the tail is short.
+    and dealt out, so that no two seeds share a row; fewer than `config.examples` for each where the tail is short.
     perplexity: the same, from the first rows of a text. It needs a tokenizer.
 
     Raises:
@@ -124,7 +124,7 @@ def compile_scorer(
     Where the mesh of the model needs more sequences than there are, the last one is repeated.
     """
     n, T = tokens.shape
-    batch = n + -n % devices.row_parts(model)
+    batch = n + -n % sharding.row_parts(model)
     filled = lambda rows: np.concatenate([rows, np.repeat(rows[-1:], batch - n, axis=0)])
     if cache is None:
         with sharding.enter_mesh_of(model):

@@ -96,7 +96,7 @@ def run(
                     result = {"digest": block.digest(unit), "made_by": rows.made_by(), **result}
                     if book:
                         book.write(unit, result)
-                if isinstance(block, Answers) and scoring:  # after the answers are on disk: a judge that fails loses none
+                if isinstance(block, Answers) and scoring:  # scored once they are on disk: a judge may fail
                     result = {**result, "scores": block.scores(unit, result)}
                     if book:
                         book.write_scores(unit, result["scores"])

@@ -1,0 +1,117 @@
+"""The names of an evaluation's policies, and the options of the cache that each of them runs with."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from helpers import tiny_model
+
+from retention_jax.config import CacheConfig, DataConfig, EvalConfig
+from retention_jax.evaluation import buffers, plan, sequences
+from retention_jax.generation.scoring import score_stream
+from retention_jax.policies.table import POLICIES
+
+pytestmark = pytest.mark.slow
+
+DATA = DataConfig()
+SMALL = EvalConfig(budgets=(3,), lengths=(36,), recent=6, examples=3, seeds=2)
+NAMES = ("full", "retention", "retention_local", "streaming", "streaming_local", "random", "random_local")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(vocab_size=257)
+
+
+def test_policy_names():
+    make = lambda name: buffers.buffer_of(EvalConfig(seed=7), name, 16, 192)
+    assert buffers.names()[:7] == NAMES and "tova_local" not in buffers.names()
+    assert {name.removesuffix("_local") for name in buffers.names()} == {"full", *POLICIES}
+    assert make("full") == CacheConfig(budget=192, recent=8)
+    assert make("retention") == CacheConfig(budget=16, recent=8)
+    assert make("retention_local") == CacheConfig(budget=16, recent=8, local=True)
+    assert make("streaming") == CacheConfig(budget=16, recent=8, policy="streaming")
+    assert make("streaming_local") == CacheConfig(budget=16, recent=8, policy="streaming", local=True)
+    assert make("random") == CacheConfig(budget=16, recent=8, policy="random", seed=7)
+    with pytest.raises(ValueError, match="unknown policy 'h3o'; known: full, retention, retention_local"):
+        make("h3o")
+
+
+def test_every_policy_protects_the_same_tokens(model):
+    config = dataclasses.replace(SMALL, protect_first=1, protect_last=1)
+    tokens = sequences.examples("recall", SMALL, DATA, 36)[0][0]
+    kept = lambda told: score_stream(model, tokens, buffers.buffer_of(told, "random", 3, 36), np.full(3, 36, np.int32))[
+        1
+    ].positions(1)
+    assert all({0, 35} <= set(head) for layer in kept(config) for head in layer)
+    assert not all({0, 35} <= set(head) for layer in kept(SMALL) for head in layer)
+    made = [buffers.buffer_of(config, name, 40, 36) for name in buffers.names()[1:]]
+    assert {(c.protect_first, c.protect_last) for c in made} == {(1, 1)}
+    assert buffers.buffer_of(config, "full", 36, 36) == CacheConfig(budget=36, recent=6)
+
+
+def test_every_option_of_the_cache_is_one_of_the_evaluation():
+    ours = {"budget", "policy", "local"}  # `budgets`, `policies` and names that end in _local
+    assert set(CacheConfig.__dataclass_fields__) - ours - {"seed"} == set(buffers.OPTIONS)
+    for name in buffers.OPTIONS:
+        if name != "recent":
+            assert getattr(EvalConfig(), name) == getattr(CacheConfig(budget=1), name), name
+
+
+def test_an_option_applies_to_the_policies_that_honour_it():
+    config = dataclasses.replace(
+        SMALL,
+        policies=buffers.names(),
+        budgets=(16,),
+        horizon=4,
+        threshold=0.5,
+        observe=8,
+        pool_width=3,
+        min_per_head=2,
+    )
+    assert buffers.problems(config) == []
+    for name in buffers.names():
+        made, options = buffers.buffer_of(config, name, 16, 36), buffers.options(config, name)
+        ranks, observes = name.startswith("retention"), name in ("snapkv", "pyramidkv", "adakv", "rkv")
+        assert (made.horizon, made.threshold) == ((4, 0.5) if ranks else (1, None)), name
+        assert (made.observe, made.pool_width) == ((8, 3) if observes else (32, 7)), name
+        assert made.min_per_head == (0 if name == "full" else 2)
+        assert {option: getattr(made, option) for option in options} == options
+        rest = dataclasses.replace(CacheConfig(budget=made.budget, policy=made.policy), **options)
+        assert rest == made, "all that is not an option is as it is by default"
+
+
+def test_an_option_that_no_policy_honours_is_refused_by_name():
+    config = dataclasses.replace(SMALL, policies=("full", "streaming", "tova"), horizon=4, observe=8)
+    with pytest.raises(ValueError) as caught:
+        plan.check(config, DATA)
+    said = str(caught.value)
+    assert "horizon=4 changes nothing for full, streaming, tova; it goes with retention, retention_local" in said
+    assert "observe=8 changes nothing for full, streaming, tova; it goes with snapkv, pyramidkv, adakv, rkv" in said
+    plan.check(dataclasses.replace(config, policies=("full", "retention_local", "rkv")), DATA)
+    with pytest.raises(ValueError, match="retention with 3 entries: .*horizon must be at least 1, got 0"):
+        plan.check(dataclasses.replace(SMALL, horizon=0), DATA)
+
+
+def test_options_change_what_is_kept_and_stand_in_the_rows(model):
+    config = dataclasses.replace(SMALL, policies=("retention", "random_local"), budgets=(9,), min_per_head=4, horizon=9)
+    plain = dataclasses.replace(config, min_per_head=0, horizon=1)
+    first, second = plan.run(model, config, DATA, None)
+    assert first.options["horizon"] == 9 and first.options["min_per_head"] == 4 and not first.options["local"]
+    assert "horizon" not in second.options and second.options["local"] and second.options["seed"] == 0
+
+    tokens = sequences.examples("recall", SMALL, DATA, 36)[0][0]
+    kept = lambda c: score_stream(model, tokens, buffers.buffer_of(c, "retention", 9, 36), np.full(3, 36, np.int32))[
+        1
+    ].positions(0)
+    least = lambda c: min(len(head) for layer in kept(c) for head in layer)
+    assert least(config) >= 4 > least(plain)
+
+
+def test_more_protected_than_kept_is_refused_with_every_policy_it_concerns():
+    config = EvalConfig(policies=("full", "tova", "pyramidkv"), budgets=(4, 8), protect_first=3, protect_last=2)
+    with pytest.raises(ValueError) as caught:
+        plan.check(config, DATA)
+    told = str(caught.value)
+    assert "tova with 4 entries: " in told and "pyramidkv with 8 entries: " in told
+    assert "tova with 8" not in told and "full" not in told
