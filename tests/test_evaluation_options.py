@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from helpers import tiny_model
 
+from retention_jax import dilution
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig
 from retention_jax.evaluation import buffers, plan, sequences
 from retention_jax.generation.scoring import score_stream
-from retention_jax.policies.table import POLICIES
+from retention_jax.policies.table import POLICIES, Policy
+from retention_jax.report import page, results, traces
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +37,29 @@ def test_policy_names():
     assert make("random") == CacheConfig(budget=16, recent=8, policy="random", seed=7)
     with pytest.raises(ValueError, match="unknown policy 'h3o'; known: full, retention, retention_local"):
         make("h3o")
+
+
+def keep_the_oldest(options, x):
+    """Scores of a policy that somebody adds: a function, and a row below."""
+    return -x.pos.astype(np.float32), x.stat
+
+
+def test_a_policy_is_added_by_a_function_and_a_row(model, monkeypatch, tmp_path):
+    """It then runs through evaluation, dilution, traces and the report, by its name and as local."""
+    monkeypatch.setitem(POLICIES, "oldest", Policy("oldest", keep_the_oldest, "all", options=("horizon",)))
+    assert buffers.names()[-2:] == ("oldest", "oldest_local")
+    config = dataclasses.replace(SMALL, policies=("full", "oldest", "oldest_local"), seeds=1, horizon=7)
+    rows = plan.run(model, config, DATA, tmp_path)
+    assert [(r.policy, r.options.get("horizon")) for r in rows] == [("full", None), ("oldest", 7), ("oldest_local", 7)]
+    measured = dilution.run(model, config, DATA, None)
+    for row, found in zip(rows, measured, strict=True):
+        assert found.policy == row.policy and found.accuracy.mean() == pytest.approx(row.score)
+    text = traces.recall_texts(36, 1, 0.4, 0)[0]
+    made = buffers.buffer_of(config, "oldest", 3, 36)
+    trace = traces.record(model, text.tokens, made, names=text.names, title="x", policy="oldest")
+    assert trace.log_beta is None and np.all(np.argwhere(trace.evicted == traces.NEVER)[:, 2] < 3)
+    traces.save(trace, tmp_path / "oldest_3_0.trace.npz")
+    assert "oldest local" in page.build(results.read(tmp_path), "title", 10**6)
 
 
 def test_every_policy_protects_the_same_tokens(model):

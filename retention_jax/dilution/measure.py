@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from retention_jax import cache as cache_lib
+from retention_jax.cache import attend, empty, queries_wanted, take_in
 from retention_jax.cache.buffer import Buffer, Entries
 from retention_jax.config import CacheConfig
 from retention_jax.kernels import ops
@@ -35,7 +35,7 @@ def measure(
     asked: Int[AnyArray, "B T"],
     cache: CacheConfig,
 ) -> Measured:
-    """Feeds sequences through the buffer as `scoring.score_stream` does, and weighs what each token attends to.
+    """Feeds sequences through the buffer as `scoring.score_stream` does, and measures what each token attends to.
 
     Args:
       model: the decoder.
@@ -60,12 +60,12 @@ def measure(
         best = jnp.argmax(decoder.unembed(model, hidden), axis=-1).astype(jnp.int32)
         found = _masses(buffer, entries, queries, marks, asked)
         # The newest queries of a whole chunk are its last ones; behind a padded one nothing is measured.
-        wanted = cache_lib.queries_wanted(cache, R)
+        wanted = queries_wanted(cache, R)
         newest = queries[:, :, R - wanted :] if wanted else None
-        return cache_lib.take_in(buffer, entries, valid, newest, prompt=False), (*found, best)
+        return take_in(buffer, entries, valid, newest, prompt=False), (*found, best)
 
     chunked = (by_chunk(pad(tokens)), by_chunk(pad(asked)), by_chunk(valid))
-    _, found = jax.lax.scan(one_chunk, cache_lib.empty(model.config, cache, B), chunked)
+    _, found = jax.lax.scan(one_chunk, empty(model.config, cache, B), chunked)
     return Measured(*(a.swapaxes(0, 1).reshape(B, chunks * R, *a.shape[3:])[:, :T] for a in found))
 
 
@@ -94,14 +94,14 @@ def _masses(
         q, k, index, window = scanned
         k = k.swapaxes(1, 2)
 
-        def attend(q, pool_v, v):
+        def attended(q, pool_v, v):
             held = buffer._replace(pool=buffer.pool._replace(v=pool_v))
             every_head = jnp.broadcast_to(v[:, :, None], k.shape)
-            return ops.merge([cache_lib.attend(held, q, index), ops.causal_attention(q, k, every_head, window)])
+            return ops.merge([attend(held, q, index), ops.causal_attention(q, k, every_head, window)])
 
         def share(q):
             """Attention on the fact asked for and on any fact, and the log-sum-exp of the logits."""
-            parts = [attend(q, pool, v) for pool, v in zip(*pairs, strict=True)]
+            parts = [attended(q, pool, v) for pool, v in zip(*pairs, strict=True)]
             out = jnp.concatenate([part.out for part in parts], axis=-1)
             return jnp.take_along_axis(out, asked[:, :, None, None] + 1, axis=-1)[..., 0], out[..., 0], parts[0].lse
 

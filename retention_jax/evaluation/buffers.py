@@ -41,7 +41,7 @@ def policy_of(name: str) -> Policy | None:
 def options(config: EvalConfig, name: str) -> dict[str, Any]:
     """The fields of CacheConfig, beside policy and budget, that a policy runs with in this evaluation.
 
-    Only options that the policy honours: `horizon=8` says nothing to `streaming`. One seed serves all of the
+    Only options that the policy honours: a policy without gates has no horizon. One seed serves all of the
     evaluation's seeds, since the buffer's configuration is compiled in.
     """
     policy = policy_of(name)

@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 from jaxtyping import Array, Bool, Float, Int
 
-from retention_jax import cache as cache_lib
+from retention_jax.cache import empty, queries_wanted, take_in
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig, TrainConfig
 from retention_jax.data import recall
@@ -59,9 +59,9 @@ def _read(
     model: Decoder, tokens: Int[Array, "B C"], valid: Bool[Array, "B C"], buffer: Buffer
 ) -> tuple[Float[Array, "B L K C"], Buffer]:
     """log_beta of the new entries, and the buffer that took them in."""
-    inputs, wanted = Inputs(tokens, valid), cache_lib.queries_wanted(buffer.config, tokens.shape[1])
+    inputs, wanted = Inputs(tokens, valid), queries_wanted(buffer.config, tokens.shape[1])
     read = decoder.extend(model, inputs, buffer, queries=wanted)
-    return read.entries.stat, cache_lib.take_in(buffer, read.entries, valid, read.queries, prompt=False)
+    return read.entries.stat, take_in(buffer, read.entries, valid, read.queries, prompt=False)
 
 
 def record(
@@ -95,7 +95,7 @@ def record(
     stays = np.zeros(heads * T, bool)  # all False between two chunks, so that a chunk costs what it holds, not T
     held = np.zeros(0, np.int64)  # entries, each as head * T + position
     with sharding.enter_mesh_of(model):
-        buffer = cache_lib.empty(model.config, cache, 1)
+        buffer = empty(model.config, cache, 1)
         for start in tqdm.trange(0, T, R, unit="chunk", desc=title, leave=False, disable=None):
             seen = min(start + R, T)
             valid = np.arange(start, start + R)[None] < T
