@@ -1,4 +1,4 @@
-"""What an evaluation has done so far: JSON lines on disk, so that a killed run goes on where it was.
+"""What of an evaluation is done: JSON lines on disk, so that a killed run goes on where it was.
 
 Each process appends to a file of its own, `journal-<process>.jsonl`; all read all files when they start. A file's first
 line says what its results depend on, each further line is the result of one unit, or the scores of its answers.
