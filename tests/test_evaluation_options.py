@@ -1,14 +1,17 @@
 """The names of an evaluation's policies, and the options of the cache that each of them runs with."""
 
 import dataclasses
+import pathlib
+import sys
 
 import numpy as np
 import pytest
+from absl import flags
 from helpers import tiny_model
 
 from retention_jax import dilution
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig
-from retention_jax.evaluation import buffers, plan, sequences
+from retention_jax.evaluation import buffers, command_flags, plan, sequences
 from retention_jax.generation.scoring import score_stream
 from retention_jax.policies.table import POLICIES, Policy
 from retention_jax.report import page, results, traces
@@ -37,6 +40,28 @@ def test_policy_names():
     assert make("random") == CacheConfig(budget=16, recent=8, policy="random", seed=7)
     with pytest.raises(ValueError, match="unknown policy 'h3o'; known: full, retention, retention_local"):
         make("h3o")
+
+
+# ml_collections imports config files by a call that Python 3.12 deprecates.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_every_field_is_set_by_a_flag(monkeypatch):
+    """Those that are None by default too, and short names for what is typed daily only."""
+    given = dict(limit=3, prefill_chunk=16, threshold=0.5, max_new_tokens=4, context=70, enable_thinking=False)
+    given |= dict(temperature=0.6, samples=2, horizon=4, recent=6, min_per_head=1, query_aware=True)
+    path = pathlib.Path(__file__).parent.parent / "configs" / "recall.py"
+    arguments = ["evaluate", f"--config={path}", "--budgets=4,8", "--seed=5"]
+    arguments += [f"--config.eval.{name}={value}" for name, value in given.items()]
+    monkeypatch.setattr(sys, "argv", arguments)  # where overrides of a config file are looked for
+    values = flags.FlagValues()
+    command_flags.define(values)
+    values(arguments)
+    found = command_flags.read(values).eval
+    assert {name: getattr(found, name) for name in given} == given
+    assert (found.budgets, found.seed, found.samples) == ((4, 8), 5, 2)
+    long_only = {"temperature", "samples", "context", "batch_size", "max_new_tokens", "top_p", "query_aware"}
+    assert not long_only & set(values)
+    defined = {"config", "checkpoint", "output", *command_flags.SHORT}
+    assert defined <= set(values) and set(command_flags.SHORT) <= set(EvalConfig.__dataclass_fields__)
 
 
 def keep_the_oldest(options, x):
