@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from retention_jax.generation import conversation
 from retention_jax.generation.conversation import Totals, Writer
 from retention_jax.generation.decoding import generate
-from retention_jax.parallel import distributed
+from retention_jax.parallel import distributed, sharding
 from retention_jax.runtime import files
 
 # index: of the row, from 0. stopped: whether the reply ended itself. run: `conversation.run_id` of the settings.
@@ -100,19 +100,26 @@ def write_results(writer: Writer, prompts: list[Prompt], path: pathlib.Path, bat
         held.enter_context(progress)
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
+            # Rows of devices want equally many prompts: the last one is repeated, and what it writes again is left out.
+            filled = batch + batch[-1:] * (-len(batch) % sharding.row_parts(writer.model))
             out = generate(
                 writer.model,
-                [p.tokens for p in batch],
+                [p.tokens for p in filled],
                 writer.cache,
                 max_new_tokens=writer.max_new_tokens,
                 seed=writer.seed,
                 **writer.drawing,
                 stop_tokens=writer.tokenizer.stop_tokens,
-                row_ids=[p.index for p in batch],
+                row_ids=[p.index for p in filled],
             )
-            totals = totals.add(out.stats)
+            new_tokens = out.tokens[: len(batch)]
+            counts = {
+                "prompt_tokens": float(sum(len(p.tokens) for p in batch)),
+                "new_tokens": float(sum(map(len, new_tokens))),
+            }
+            totals = totals.add(out.stats | counts)
             if first_process:
-                results = [_result(writer, p, new, run) for p, new in zip(batch, out.tokens, strict=True)]
+                results = [_result(writer, p, new, run) for p, new in zip(batch, new_tokens, strict=True)]
                 files.append_json_line(path, *results)
             progress.update(len(batch))
     return totals
