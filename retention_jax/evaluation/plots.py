@@ -1,5 +1,6 @@
 """Figures: quality against what is kept, speed against context."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ def quality(rows: Sequence[Row], path: str | os.PathLike) -> None:
     budgets = sorted({row.budget for row in rows if row.policy != "full"})
 
     def draw(axes: Axes, here: Sequence[Row], policies: Sequence[str]) -> dict[str, Any]:
+        axes.set_xlim(*_around(budgets or [row.length for row in here]))
         # A small step aside, so that bars of equal scores do not cover each other.
         step = min(0.05, 0.25 / max(len(policies), 1))
         drawn = {}
@@ -53,9 +55,6 @@ def quality(rows: Sequence[Row], path: str | os.PathLike) -> None:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.margins(y=0.12)
-        if budgets:
-            axes.set_xlim(budgets[0] / 1.3, budgets[-1] * 1.3)
         return drawn
 
     _by_length(rows, path, draw, "budget: kept entries per layer and head", message)
@@ -75,6 +74,7 @@ def memory(rows: Sequence[Row], path: str | os.PathLike) -> None:
             mine = sorted((row for row in here if row.policy == policy), key=lambda row: row.kv_bytes)
             return _scores(axes, [row.kv_bytes for row in mine], mine, style)
 
+        axes.set_xlim(*_around([row.kv_bytes for row in here]))
         drawn = {policy: line(policy, line_style(i)) for i, policy in enumerate(policies)}
         for full in (row for row in here if row.policy == "full"):
             axes.axhline(shown(full.metric, full.score), color="black", linestyle="--", linewidth=1.0)
@@ -117,6 +117,15 @@ def _by_length(
     labels = ["full cache" if policy == "full" else policy.replace("_", " ") for policy in drawn]
     figure.legend(list(drawn.values()), labels, loc="outside right center", frameon=False)
     figure.savefig(path, dpi=200, format="png")
+
+
+def _around(values: Sequence[int | float]) -> tuple[float, float]:
+    """Limits of a log axis that shows these values, with room on both sides.
+
+    They have to be set before anything is drawn. Around a single value, such as 3, Matplotlib 3.11.2 chooses limits of
+    no width, and then it divides by zero.
+    """
+    return min(values) / 1.3, max(values) * 1.3
 
 
 def _scores(axes: Axes, at: Sequence[int | float], rows: Sequence[Row], style: dict[str, Any]) -> Any:
@@ -174,12 +183,18 @@ def speed(points: Sequence[Speed], path: str | os.PathLike, title: str) -> None:
     """Draws tokens/s against context, a line for each label, as a PNG file.
 
     Raises:
-      ValueError: on no points.
+      ValueError: on no points, or on speeds that a log axis cannot show.
     """
     if not points:
         raise ValueError("there is no speed to draw")
+    if bad := [p for p in points if not 0 < p.tokens_per_second < math.inf]:
+        raise ValueError(f"a speed must be positive and finite, got {bad}")
     figure = Figure(figsize=(7.0, 4.0), layout="constrained")
     axes = figure.subplots()
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlim(*_around([p.context for p in points]))
+    axes.set_ylim(*_around([p.tokens_per_second for p in points]))
     for i, label in enumerate(dict.fromkeys(p.label for p in points)):
         line = sorted((p for p in points if p.label == label), key=lambda p: p.context)
         axes.plot(
@@ -190,8 +205,6 @@ def speed(points: Sequence[Speed], path: str | os.PathLike, title: str) -> None:
             markersize=5,
             linewidth=1.6,
         )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sorted({p.context for p in points})))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
