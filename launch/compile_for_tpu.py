@@ -109,7 +109,8 @@ def inference(setup: Setup) -> Program:
     chunk = (batch, setup.cache.prefill_chunk)
     of_chunk = lambda dtype: jax.ShapeDtypeStruct(chunk, dtype, sharding=_layout(mesh, sharding.WINDOW))
     read = jax.jit(decoding.read_chunk, donate_argnames="buffer", static_argnames="prompt")
-    lowered = read.lower(model, Inputs(of_chunk(jnp.int32), of_chunk(jnp.bool_)), buffer=buffer, prompt=True)
+    inputs = Inputs(of_chunk(jnp.int32), of_chunk(jnp.bool_))  # type: ignore[arg-type]  # shapes
+    lowered = read.lower(model, inputs, buffer=buffer, prompt=True)
     return Program(lowered, held, math.prod(chunk))
 
 
