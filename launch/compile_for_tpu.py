@@ -45,6 +45,7 @@ from retention_jax.config import CacheConfig, MeshConfig, TrainConfig, conversio
 from retention_jax.generation import decoding
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
+from retention_jax.models.inputs import Inputs
 from retention_jax.parallel import sharding
 from retention_jax.runtime import command
 
@@ -97,9 +98,7 @@ def inference(setup: Setup) -> Program:
     model = nnx.eval_shape(lambda: Decoder(setup.model, setup.config.gate, rngs=nnx.Rngs(0)))
     if mesh is not None:
         model = jax.tree.map(place, model, sharding.of_tree(mesh, model, sharding.DECODING))
-    buffer = jax.eval_shape(lambda: cache.empty(setup.model, setup.cache, batch))
-    put = lambda spec, part: jax.tree.map(lambda a: place(a, _layout(mesh, spec)), part)
-    buffer = jax.tree.map(put, cache.layout(buffer), buffer, is_leaf=lambda x: isinstance(x, sharding.P))
+    buffer = cache.shapes(setup.model, setup.cache, batch)
     _, gates, weights = nnx.split(model, GateParam, ...)
     held = {"weights": weights, "gates": gates, "buffer": buffer}
     if setup.program == "decode":
@@ -108,8 +107,9 @@ def inference(setup: Setup) -> Program:
     assert setup.cache.prefill_chunk is not None  # a flag with a default
     chunk = (batch, setup.cache.prefill_chunk)
     of_chunk = lambda dtype: jax.ShapeDtypeStruct(chunk, dtype, sharding=_layout(mesh, sharding.WINDOW))
-    read = jax.jit(decoding.read_chunk, donate_argnames="buffer")
-    lowered = read.lower(model, of_chunk(jnp.int32), of_chunk(jnp.bool_), buffer=buffer)
+    read = jax.jit(decoding.read_chunk, donate_argnames="buffer", static_argnames="prompt")
+    inputs = Inputs(of_chunk(jnp.int32), of_chunk(jnp.bool_))  # type: ignore[arg-type]  # shapes
+    lowered = read.lower(model, inputs, buffer=buffer, prompt=True)
     return Program(lowered, held, math.prod(chunk))
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 
 from retention_jax import cache
 from retention_jax.config import CacheConfig, GateConfig, ModelConfig
@@ -72,14 +72,7 @@ def sent(lowered: jax.stages.Lowered) -> list[Sent]:
 def lower_decode(model: Decoder, cfg: CacheConfig, batch: int, mesh: Mesh) -> jax.stages.Lowered:
     """`decode` of shapes that are laid out on a mesh: one token, and the loop that evicts."""
     with jax.set_mesh(mesh):
-        buffer = jax.eval_shape(lambda: cache.empty(model.config, cfg, batch))
-
-        def place(spec, part):
-            layout = NamedSharding(mesh, sharding.present(mesh, spec))
-            return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout), part)
-
-        is_spec = lambda x: isinstance(x, sharding.P)
-        buffer = jax.tree.map(place, cache.layout(buffer), buffer, is_leaf=is_spec)
+        buffer = cache.shapes(model.config, cfg, batch)
         tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
         return jax.jit(decoding.decode, donate_argnames="buffer").lower(model, tokens, buffer=buffer)
 

@@ -6,6 +6,7 @@ Needs the libtpu wheel and no TPU.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from retention_jax.config import CacheConfig, GateConfig, ModelConfig
 from retention_jax.generation import decoding
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
+from retention_jax.models.inputs import Inputs
 
 # Instructions whose result is no new array, or is written by the computations they call.
 NOT_WRITING = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
@@ -89,7 +91,7 @@ def arguments(model: ModelConfig, budget: int, batch: int, recent: int = 16) -> 
         nnx.eval_shape(lambda: Decoder(model, gate, rngs=nnx.Rngs(0))),
         jax.ShapeDtypeStruct((batch,), jnp.int32),
         jax.ShapeDtypeStruct((batch,), bool),
-        jax.eval_shape(lambda: cache.empty(model, CacheConfig(budget=budget, recent=recent), batch)),
+        cache.shapes(model, CacheConfig(budget=budget, recent=recent), batch),
     )
 
 
@@ -107,7 +109,7 @@ def lower_run(model, token, active, buffer, *, place=lambda tree: tree) -> jax.s
 
 def lower_chunk(model, tokens, valid, buffer, *, place=lambda tree: tree) -> jax.stages.Lowered:
     """A chunk of a prompt, not yet taken in."""
-    return jax.jit(decoder.extend).lower(*place((model, tokens, valid, buffer)))
+    return jax.jit(functools.partial(decoder.extend, queries=0)).lower(*place((model, Inputs(tokens, valid), buffer)))
 
 
 def main(topology: str) -> None:

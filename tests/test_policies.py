@@ -1,13 +1,15 @@
 """Eviction scores against numbers worked by hand and float64 sums."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import hashed
+from helpers import hashed, tiny_model
 
+import retention_jax as rj
 from retention_jax.config import CacheConfig
 from retention_jax.policies import scores, table
 
@@ -103,3 +105,134 @@ def test_the_configured_policy_scores(policy):
         "random": lambda: scores.random(pos, head, 5),
     }[policy]()
     np.testing.assert_array_equal(got, want)
+
+
+# Policies that the table does not have: one of every scope and way to score. What each must keep of 20 tokens is known.
+
+
+def alternating(options, x):
+    """Even positions before odd ones, newer ones first. Needs nothing."""
+    return jnp.where(x.pos % 2 == 0, 1000, 0) + x.pos.astype(jnp.float32), x.stat
+
+
+def by_prompt(options, x):
+    """What was no prompt stays."""
+    return -x.stat, x.stat
+
+
+def oldest_in_layer(options, x):
+    return -x.pos.astype(jnp.float32), x.stat
+
+
+def attended(options, x):
+    """H2O once more: all attention so far, and the newest tokens."""
+    _, query_pos = x.asked()
+    stat = x.stat + x.attention(query_pos).sum(axis=2).astype(jnp.float32)
+    return jnp.where(x.newest(options.newest), jnp.inf, stat), stat
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+def added(monkeypatch, *args, **row) -> str:
+    new = table.Policy("added", *args, **row)
+    monkeypatch.setitem(table.POLICIES, new.name, new)
+    jax.clear_caches()  # programs are kept by configuration, in which a policy is its name
+    return new.name
+
+
+def kept(model, cache):
+    """Positions that each head keeps of a prompt of 20 tokens, read in chunks of 8."""
+    with jax.numpy_dtype_promotion("standard"):
+        return positions(rj.prefill(model, np.arange(20)[None], dataclasses.replace(cache, prefill_chunk=8))[1])
+
+
+def kept_in_the_end(model, cache):
+    """The same after 4 more tokens."""
+    with jax.numpy_dtype_promotion("standard"):
+        return positions(rj.generate(model, [list(range(20))], cache, max_new_tokens=5).buffer)
+
+
+def positions(buffer):
+    return [head.tolist() for layer in buffer.positions(0) for head in layer]
+
+
+@pytest.mark.parametrize("local", (False, True))
+def test_a_policy_is_a_function_and_a_row(monkeypatch, model, local):
+    name = added(monkeypatch, alternating, "all")
+    # Together, too, every head keeps as many: equal scores are those of one token in all heads.
+    assert kept_in_the_end(model, CacheConfig(budget=4, recent=4, policy=name, local=local)) == [[16, 18, 20, 22]] * 4
+
+
+def test_a_row_says_what_entries_carry(monkeypatch, model):
+    # Nothing else tells tokens apart, and of equal scores the newer stays: without the mark that were 20 to 23.
+    mark = lambda log_beta, prompt: jnp.full_like(log_beta, float(not prompt))
+    name = added(monkeypatch, by_prompt, "all", carry=mark, needs_prompt=True)
+    assert kept_in_the_end(model, CacheConfig(budget=4, recent=4, policy=name)) == [[16, 17, 18, 19]] * 4
+
+
+@pytest.mark.parametrize("scope, most", [("head", 1), ("layer", 2)])
+def test_a_policy_of_heads_or_layers_is_a_function_and_a_row(monkeypatch, model, scope, most):
+    name = added(monkeypatch, oldest_in_layer, scope, most_in_a_head=lambda budget, kv_heads: budget * most)
+    assert kept(model, CacheConfig(budget=4, recent=4, policy=name)) == [[0, 1, 2, 3]] * 4
+    with pytest.raises(ValueError, match="local=True goes with the policies .*; 'added' says itself"):
+        CacheConfig(budget=4, policy=name, local=True)
+
+
+def test_a_row_says_which_queries_its_score_sees(monkeypatch, model):
+    half = lambda budget, observe: budget // 2
+    name = added(monkeypatch, attended, "head", queries=lambda observe, tokens: tokens, newest=half)
+    cache = CacheConfig(budget=4, recent=4, policy=name)
+    assert kept(model, cache) == kept(model, dataclasses.replace(cache, policy="h2o"))
+    added(monkeypatch, attended, "head", newest=half)
+    with pytest.raises(ValueError, match="needs queries: its row in the policy table must say how many"):
+        kept(model, cache)
+
+
+def test_a_policy_that_needs_the_future_cannot_generate(monkeypatch, model):
+    name = added(monkeypatch, alternating, "all", needs_future=True)
+    with pytest.raises(ValueError, match="policy 'added' needs to know the future"):
+        kept(model, CacheConfig(budget=4, recent=4, policy=name))
+
+
+def test_an_unknown_policy_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match="policy must be one of retention, .*; got 'snap_kv', the nearest is 'snapkv'"):
+        CacheConfig(budget=4, policy="snap_kv")
+    with pytest.raises(ValueError, match=r"got 'full', .* for a cache that keeps everything, use CacheConfig.full"):
+        CacheConfig(budget=4, policy="full")
+
+
+@pytest.mark.parametrize(
+    "policy, option, value, honoured_by",
+    [
+        ("tova", "horizon", 3, "retention"),
+        ("h2o", "threshold", 0.5, "retention"),
+        ("retention", "observe", 8, "snapkv, pyramidkv, adakv, rkv"),
+        ("streaming", "pool_width", 3, "snapkv, pyramidkv, adakv, rkv"),
+    ],
+)
+def test_an_option_of_other_policies_is_refused(policy, option, value, honoured_by):
+    said = f"{option} belongs to the policies {honoured_by}; got {option}={value} with policy='{policy}'"
+    with pytest.raises(ValueError) as error:
+        CacheConfig(budget=16, policy=policy, **{option: value})
+    assert said in str(error.value)
+    CacheConfig(budget=16, policy=honoured_by.split(", ")[0], **{option: value})
+
+
+def test_a_seed_is_of_a_run_and_no_policy_refuses_it():
+    assert all(CacheConfig(budget=16, policy=name, seed=3).seed == 3 for name in table.POLICIES)
+
+
+def test_a_full_cache_is_asked_for_by_name(model):
+    cache = CacheConfig.full(24, recent=4, prefill_chunk=7)
+    assert (cache.budget, cache.recent, cache.prefill_chunk) == (24, 4, 7)
+    assert kept(model, cache) == [list(range(20))] * 4
+    with pytest.raises(ValueError, match="budget must be at least 1, got 0"):
+        CacheConfig.full(0)
+
+
+def test_a_threshold_of_one_keeps_nothing_and_is_refused():
+    with pytest.raises(ValueError, match="threshold=1 keeps nothing but what is protected, and nothing is"):
+        CacheConfig(budget=16, threshold=1.0)

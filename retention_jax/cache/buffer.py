@@ -22,7 +22,7 @@ on each device as if its shard were all there is; where they must know of the ot
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,9 @@ class Windows(tuple[int, ...]):
 jax.tree_util.register_static(Windows)
 
 
-def window_sizes(windows: tuple[int, ...]) -> Int[Array, " L"]:
-    """Tokens that each layer sees, as an array to index by the layer."""
-    return jnp.asarray(windows, jnp.int32)
+def window_sizes(windows: tuple[int, ...] | None) -> Int[Array, " L"] | None:
+    """Tokens that each layer sees, as an array to index by the layer; None where all layers see everything."""
+    return None if windows is None else jnp.asarray(windows, jnp.int32)
 
 
 class Entries(NamedTuple):
@@ -132,7 +132,15 @@ def shapes(model: ModelConfig, cache: CacheConfig, batch: int) -> Buffer:
     Raises:
       ValueError: as `empty` does.
     """
-    return jax.eval_shape(functools.partial(empty, model, cache, batch))
+    mesh, buffer = sharding.entered(), jax.eval_shape(functools.partial(empty, model, cache, batch))
+    if mesh is None:
+        return buffer
+
+    def laid_out(spec: sharding.P, part: Any) -> Any:
+        where = jax.sharding.NamedSharding(mesh, sharding.present(mesh, spec))
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), part)
+
+    return jax.tree.map(laid_out, layout(buffer), buffer, is_leaf=lambda x: isinstance(x, sharding.P))
 
 
 def queries_wanted(cache: CacheConfig, tokens: int) -> int:
@@ -198,10 +206,9 @@ def _attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""]) -
     here = -(-R // slot_shards.count())
     end = jnp.minimum(buffer.recent_len, (slot_shards.index() + 1) * here)
     begin = jnp.minimum(slot_shards.index() * here, end)
-    window = None
-    if buffer.windows is not None:
-        size = window_sizes(buffer.windows)[layer]
-        window = ops.Window(size, buffer.seen, buffer.seen - buffer.recent_len, buffer.pool.pos)
+    window, sizes = None, window_sizes(buffer.windows)
+    if sizes is not None:
+        window = ops.Window(sizes[layer], buffer.seen, buffer.seen - buffer.recent_len, buffer.pool.pos)
     return slot_shards.merge(
         ops.buffer_attention(
             q,

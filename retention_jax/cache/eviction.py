@@ -173,9 +173,9 @@ def merge(
     kept = jnp.where(rows[:, None], stat[:, :slots], buffer.pool.stat)
     buffer, flat = buffer._replace(pool=buffer.pool._replace(stat=kept)), flat._replace(stat=stat[:, slots:])
 
-    useful = live
-    if buffer.windows is not None:
-        sees = jnp.repeat(window_sizes(buffer.windows), K)[head]
+    useful, sizes = live, window_sizes(buffer.windows)
+    if sizes is not None:
+        sees = jnp.repeat(sizes, K)[head]
         useful = live & (buffer.seen[:, None] - pos < sees)  # the next token, at position `seen`, still sees it
     keep = live & (
         selection.choose(cfg, score, pos, head, useful, buffer.seen, heads, L, shared=heads * count) | ~rows[:, None]
@@ -198,7 +198,7 @@ def _layer_scores(
     """Scores and statistics of pool and fresh tokens, a layer at a time, so that one layer's keys lie by head."""
     B, L, K, count = fresh.pos.shape
     slots, cfg = buffer.pool.pos.shape[1], buffer.config
-    most = min(cfg.row.most_in_a_head(cfg.budget, K), slots)
+    most, sizes = min(cfg.row.most_in_a_head(cfg.budget, K), slots), window_sizes(buffer.windows)
 
     def one_layer(l: Int[Array, ""]) -> tuple[Float[Array, "B K E"], Float[Array, "B K E"]]:
         of_layer = lambda a: jax.lax.dynamic_index_in_dim(a, l, axis=1, keepdims=False)
@@ -208,7 +208,7 @@ def _layer_scores(
         held = Entries(*(jax.vmap(lambda rows, at: rows[at])(a, slot) for a in buffer.pool))
         k, v, stat, pos = (jnp.concatenate([a, of_layer(b)], axis=2) for a, b in zip(held, fresh, strict=True))
         live = jnp.concatenate([pool_live, jnp.broadcast_to(fresh_live[:, None], (B, K, count))], axis=2)
-        size = None if buffer.windows is None else window_sizes(buffer.windows)[l]
+        size = None if sizes is None else sizes[l]
         q, query_pos = (None, None) if held_queries is None else (of_layer(held_queries.q), held_queries.pos)
         pos = jnp.where(live, pos, -1)
         return cfg.row.score(cfg.options, table.OneLayer(k, v, stat, pos, buffer.seen, q, query_pos, size))

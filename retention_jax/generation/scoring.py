@@ -144,13 +144,13 @@ def _outlook(
     (B, T), cfg, R = tokens.shape, model.config, cache.recent
     nothing = cache_room.empty(cfg, CacheConfig(budget=1, recent=1), B)
     read = decoder.extend(model, Inputs(tokens, valid), nothing, queries=T)
-    new, q = read.entries, read.queries
+    new, q, sizes = read.entries, read.queries, cache_room.window_sizes(cfg.windows)
     assert q is not None  # T of them were asked for
 
     def one_layer(l):
         k, pos = (jax.lax.dynamic_index_in_dim(a, l, 1, keepdims=False) for a in (new.k, new.pos))
         of_layer = jax.lax.dynamic_index_in_dim(q, l, 1, keepdims=False)
-        window = None if cfg.windows is None else cache_room.window_sizes(cfg.windows)[l]
+        window = None if sizes is None else sizes[l]
 
         def one_chunk(start):
             cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start, R, 1)

@@ -143,7 +143,7 @@ def forward(
         return sharding.constrain(layer.finish(x, attended), "hidden"), log_beta
 
     x = sharding.constrain(sharding.constrain(model.embedding[...][tokens], "embedded"), "hidden")
-    windows = None if cfg.windows is None else cache.window_sizes(cfg.windows)
+    windows = cache.window_sizes(cfg.windows)
     scanned = (model.layers, *model.final_projection.per_layer(cfg.num_layers, cfg.num_kv_heads), windows)
     x, log_beta = jax.lax.scan(jax.checkpoint(layer_step) if remat else layer_step, x, scanned)
     return rms_norm(x, model.final_norm[...], cfg.norm_eps), log_beta.transpose(1, 0, 2, 3)
@@ -199,7 +199,7 @@ def extend(
 
     x = sharding.constrain(sharding.constrain(model.embedding[...][tokens], "embedded"), "hidden")
     weight, offset = model.final_projection.per_layer(cfg.num_layers, cfg.num_kv_heads)
-    windows = None if cfg.windows is None else cache.window_sizes(cfg.windows)
+    windows = cache.window_sizes(cfg.windows)
     scanned = (model.layers, weight, offset, jnp.arange(cfg.num_layers), windows)
     x, (k, v, log_beta, newest) = jax.lax.scan(layer_step, x, scanned)
     by_row = lambda a: a.swapaxes(0, 1)
