@@ -27,6 +27,11 @@ def get_config() -> ConfigDict:
                 learning_rate=3e-3, final_learning_rate=6e-5, warmup_steps=50, weight_decay=0.0
             ),
             steps=500,
-            eval=config.EvalConfig(tasks=("recall",), budgets=(16, 32, 48), lengths=(192, 768)),
+            eval=config.EvalConfig(
+                tasks=("recall",),
+                policies=("full", "retention", "retention_local", "streaming", "random"),
+                budgets=(16, 32, 48),
+                lengths=(192, 768),
+            ),
         )
     )

@@ -42,7 +42,12 @@ def get_config() -> ConfigDict:
             ),
             steps=400,
             eval=config.EvalConfig(
-                tasks=("text",), budgets=(16, 32, 64, 128), lengths=(256, 1024), seeds=5, examples=8
+                tasks=("text",),
+                policies=("full", "retention", "retention_local", "streaming", "random"),
+                budgets=(16, 32, 64, 128),
+                lengths=(256, 1024),
+                seeds=5,
+                examples=8,
             ),
         )
     )

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import time
 from typing import Any, NamedTuple
 
@@ -175,12 +174,7 @@ def setup_of(values: flags.FlagValues) -> Setup:
     config = conversion.from_config_dict(TrainConfig, values.config)
     model = config.model if config.model and not values.model else None
     model = model or model_shapes.of(values.model or config.backbone, config.dtype)
-    mesh = config.mesh
-    if values.mesh:
-        pairs = [part.partition(":") for part in values.mesh.split(",")]
-        if bad := [axis for axis, _, n in pairs if axis not in sharding.AXES or not re.fullmatch(r"-?\d+", n)]:
-            raise ValueError(f"--mesh must be as in data:2,fsdp:4 with axes {', '.join(sharding.AXES)}; got {bad[0]!r}")
-        mesh = MeshConfig(**{axis: 1 for axis in sharding.AXES} | {axis: int(n) for axis, _, n in pairs})
+    mesh = MeshConfig.parse(values.mesh) if values.mesh else config.mesh
     devices = len(chips.devices_of(values.topology))
     kept = CacheConfig(budget=values.budget, recent=values.recent, prefill_chunk=values.prefill_chunk)
     setup = Setup(values.program, config, model, mesh.over(devices), kept)

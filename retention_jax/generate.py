@@ -4,8 +4,9 @@
     python -m retention_jax.generate --model=FOLDER --gates=FOLDER --budget=512 --prompts=in.jsonl --output=out.jsonl
     python -m retention_jax.generate --model=FOLDER --gates=FOLDER --budget=512 --chat
 
-Text goes to standard output as it comes, a closing line about speed and memory to standard error. No module imports
-this one, whose name is that of a function of the package.
+Text goes to standard output as it comes, a closing line about speed and memory to standard error. One process does it
+all, on one device or, with --mesh=tensor:8, on all of its devices. No module imports this one, whose name is that of a
+function of the package.
 """
 
 import dataclasses
@@ -13,17 +14,38 @@ import functools
 import json
 import pathlib
 import sys
+import typing
 from collections.abc import Iterator, Sequence
 
 import jax
 from absl import app, flags, logging
+from jax.sharding import Mesh
 
-from retention_jax.config import CacheConfig, conversion
+from retention_jax.config import CacheConfig, MeshConfig, conversion
 from retention_jax.generation import conversation, prompt_files
 from retention_jax.generation.conversation import Totals, Writer
 from retention_jax.models import weights
-from retention_jax.runtime import hub, program_cache
+from retention_jax.parallel import sharding
+from retention_jax.policies.table import POLICIES
+from retention_jax.runtime import command, hub
 from retention_jax.text import tokenizer
+
+# Of the fields of CacheConfig, each of which is a flag.
+CACHE_HELP = {
+    "budget": "Average kept entries per layer and head.",
+    "recent": "Tokens between two evictions.",
+    "policy": f"What chooses the entries to keep: {', '.join(POLICIES)}.",
+    "prefill_chunk": "Prompt tokens read at a time; all by default.",
+    "protect_first": "First tokens that stay in every head.",
+    "protect_last": "Last tokens that stay in every head.",
+    "min_per_head": "Best entries that every head keeps.",
+    "threshold": "Keep only scores of at least the log of this.",
+    "horizon": "Steps of future use that the retention score counts.",
+    "local": "The budget for each layer and head, not for all together.",
+    "seed": "Of the draws, and of random policies.",
+    "observe": "Newest queries that vote, in policies of SnapKV's kind.",
+    "pool_width": "Neighbouring entries that share a vote, in the same policies.",
+}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -33,8 +55,9 @@ def define_flags(values: flags.FlagValues) -> None:
         for define in (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool)
     )
     text("model", None, "Folder of a Hugging Face checkpoint with its tokenizer, or a hub name.")
-    text("gates", None, "Gate folder; policy 'retention' needs one.")
+    text("gates", None, "Gate folder; policies that rank by gates need one.")
     text("dtype", "bfloat16", "Of weights and cache: bfloat16 or float32.")
+    text("mesh", "", "Axes and sizes, data:2,tensor:4, that multiply to the number of devices; empty for one device.")
 
     text("prompt", None, "Text to continue.")
     text("prompts", None, "JSON lines with `prompt` or `messages`; goes with --output.")
@@ -52,20 +75,13 @@ def define_flags(values: flags.FlagValues) -> None:
     number("top_k", None, "Draw from so many likeliest tokens; 0 from all.")
     real("top_p", None, "Draw from the fewest likeliest tokens of this probability together.")
     real("min_p", None, "Draw from tokens of at least this share of the likeliest one's probability.")
-    number("seed", 0, "Of the draws, and of the random policy.")
 
-    number("budget", None, "Average kept entries per layer and head.")
-    number("recent", CacheConfig.recent, "Tokens between two evictions.")
-    text("policy", CacheConfig.policy, "Eviction score.")
-    number("prefill_chunk", CacheConfig.prefill_chunk, "Prompt tokens read at a time; all by default.")
-    number("protect_first", CacheConfig.protect_first, "First tokens that stay in every head.")
-    number("protect_last", CacheConfig.protect_last, "Last tokens that stay in every head.")
-    number("min_per_head", CacheConfig.min_per_head, "Best entries that every head keeps.")
-    real("threshold", CacheConfig.threshold, "Keep only scores of at least the log of this.")
-    number("horizon", CacheConfig.horizon, "Steps of future use that the retention score counts.")
-    switch("local", CacheConfig.local, "The budget for each layer and head, not for all together.")
-    number("observe", CacheConfig.observe, "Newest queries that vote, in policies of SnapKV's kind.")
-    number("pool_width", CacheConfig.pool_width, "Neighbouring entries that share a vote, in the same policies.")
+    hints = typing.get_type_hints(CacheConfig)
+    for field in dataclasses.fields(CacheConfig):
+        kinds = {int: number, float: real, bool: switch, str: text}
+        kind = next((k for k in kinds if k in (hints[field.name], *typing.get_args(hints[field.name]))), str)
+        default = None if field.default is dataclasses.MISSING else field.default
+        kinds[kind](field.name, default, CACHE_HELP.get(field.name, "A field of CacheConfig."))
     flags.mark_flags_as_required(["model", "budget"], flag_values=values)
 
 
@@ -83,12 +99,14 @@ def make_writer(values: flags.FlagValues) -> Writer:
     cache = conversion.from_dict(
         CacheConfig, {field.name: values[field.name].value for field in dataclasses.fields(CacheConfig)}, "flags"
     )
-    if cache.policy == "retention" and not values.gates:
-        raise ValueError("policy 'retention' needs --gates; the other policies do not")
+    if POLICIES[cache.policy].uses_gates and not values.gates:
+        free = [name for name, policy in POLICIES.items() if not policy.uses_gates]
+        raise ValueError(f"policy {cache.policy!r} needs --gates; {', '.join(free)} do not")
+    mesh = make_mesh(values)
     folder = hub.resolve(values.model)
     tok = tokenizer.load(folder)  # before the weights: what is wrong with it shows at once
     writer = Writer(
-        model=weights.load(folder, values.gates, values.dtype),
+        model=weights.load(folder, values.gates, values.dtype, mesh=mesh),
         tokenizer=tok,
         cache=cache,
         max_new_tokens=values.max_new_tokens,
@@ -104,6 +122,23 @@ def make_writer(values: flags.FlagValues) -> Writer:
     return writer
 
 
+def make_mesh(values: flags.FlagValues) -> Mesh | None:
+    """The mesh of --mesh; None without one.
+
+    Raises:
+      ValueError: as MeshConfig does, and when there are fewer prompts at a time than the mesh's rows need.
+    """
+    if not values.mesh:
+        return None
+    sizes = MeshConfig.parse(values.mesh).over(jax.device_count())
+    rows = sizes["data"] * sizes["fsdp"]
+    if rows > 1 and values.prompts is None:
+        raise ValueError(f"--prompt and --chat read one text at a time: mesh data and fsdp must be 1, got {rows}")
+    if values.batch_size % rows:
+        raise ValueError(f"--batch_size must be a multiple of mesh data * fsdp = {rows}, got {values.batch_size}")
+    return sharding.make_mesh(**sizes)
+
+
 def _template_kwargs(values: flags.FlagValues) -> dict[str, object]:
     try:
         given = json.loads(values.template_kwargs)
@@ -115,9 +150,8 @@ def _template_kwargs(values: flags.FlagValues) -> dict[str, object]:
 
 
 def _write(text: str) -> None:
-    if jax.process_index() == 0:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _typed_lines() -> Iterator[str]:
@@ -152,12 +186,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
         tokens = conversation.prompt_tokens(writer, values.prompt)
         totals = Totals().add(conversation.reply(writer, tokens, _write, seed=writer.seed).stats)
         _write("\n")
-    if jax.process_index() == 0:
-        print(totals.line(), file=sys.stderr)
+    print(totals.line(), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    jax.config.config_with_absl()
-    program_cache.keep_programs()
-    define_flags(flags.FLAGS)
-    app.run(main)
+    command.run(main, define_flags)

@@ -27,9 +27,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 from ml_collections import config_flags
 
-from retention_jax import evaluate
 from retention_jax.config import ModelConfig, OptimizerConfig, TrainConfig, conversion
 from retention_jax.data import pipeline
+from retention_jax.evaluation import plan
 from retention_jax.models import gate_files, huggingface, weights
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
@@ -353,7 +353,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
         config = dataclasses.replace(config, backbone=str(workdir / "backbone"), backbone_steps=0, model=None)
     model = train(config, workdir)
     if config.eval.tasks:
-        evaluate.run(model, config.eval, config.data, workdir / "eval")
+        plan.run(model, config.eval, config.data, workdir / "eval")
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -11,7 +11,7 @@ from helpers import tiny_model
 from text_helpers import TEMPLATE
 
 from retention_jax import evaluate
-from retention_jax.evaluation import journal, rows
+from retention_jax.evaluation import journal, plan, rows
 from retention_jax.models import gate_files, weights
 
 pytestmark = pytest.mark.slow
@@ -74,14 +74,14 @@ def evaluated(folder, monkeypatch):
         "budgets": BUDGET,
         "lengths": LENGTH,
         "limit": 2,
-        "batch_size": 2,
-        "max_new_tokens": NEW_TOKENS,
+        "config.eval.batch_size": 2,
+        "config.eval.max_new_tokens": NEW_TOKENS,
         "prefill_chunk": 16,  # the width that the shortest prompts are padded to: all share their programs
     }
     # Overrides of a config file are looked for in the program's own arguments.
     monkeypatch.setattr(sys, "argv", ["evaluate", *(f"--{name}={value}" for name, value in given.items())])
     # One device: on a mesh of the tests' eight, two prompts would be read as eight.
-    monkeypatch.setattr(evaluate, "mesh_of", lambda config: None)
+    monkeypatch.setattr(plan, "mesh_of", lambda config: None)
     evaluate.main(values(sys.argv), values)
     return output
 

@@ -10,10 +10,11 @@ import pytest
 from helpers import assert_close, tiny_config, tiny_model, tokens_of
 
 import retention_jax as rj
-from retention_jax import cache, evaluate
+from retention_jax import cache
 from retention_jax.cache import selection
 from retention_jax.cache.buffer import Entries
-from retention_jax.config import CacheConfig
+from retention_jax.config import CacheConfig, EvalConfig
+from retention_jax.evaluation import buffers
 from retention_jax.generation.scoring import _outlook
 from retention_jax.kernels import key_products
 from retention_jax.policies import scores, table
@@ -330,8 +331,8 @@ def test_what_cannot_be_is_refused():
 
 
 def test_every_name_of_the_evaluation_is_a_policy():
-    for name in evaluate.POLICIES:
-        made = evaluate.cache_config(name, 8, 4, 99, 5)
-        assert made.budget == (99 if name == "full" else 8) and made.local == (name == "retention_local")
-        assert made.policy == (name if name in NAMES else "retention")
+    for name in buffers.names():
+        made = buffers.buffer_of(EvalConfig(recent=4, seed=5), name, 8, 99)
+        assert made.budget == (99 if name == "full" else 8) and made.local == name.endswith("_local")
+        assert name in ("full", made.policy, f"{made.policy}_local")
     assert dataclasses.replace(CacheConfig(budget=8), policy="h2o").newest == 4

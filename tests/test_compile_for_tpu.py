@@ -287,7 +287,10 @@ def test_the_command(tmp_path):
     "flag, message",
     [
         ("--mesh=data:3", "must multiply to the 4 devices"),
-        ("--mesh=rows:4", "--mesh must be as in data:2,fsdp:4 with axes data, fsdp, context, tensor; got 'rows'"),
+        (
+            "--mesh=rows:4",
+            "--mesh must be as in data:2,fsdp:4, each of the axes .* at most once; got 'rows:4'",
+        ),
         ("--model=gpt5", "no architecture is known for 'gpt5'"),
     ],
 )

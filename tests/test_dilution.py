@@ -11,13 +11,16 @@ from absl import flags, logging
 from flax import nnx
 from helpers import Step, assert_close, simulate, tiny_config, tiny_model
 
-from retention_jax import dilution, dilution_plots, evaluate
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig, TrainConfig, conversion
 from retention_jax.data import recall
-from retention_jax.evaluation.streams import examples
+from retention_jax.dilution import __main__ as command
+from retention_jax.dilution import measure, plots, statements, sweep
+from retention_jax.evaluation import plan
+from retention_jax.evaluation.sequences import examples
 from retention_jax.generation import scoring
 from retention_jax.models import gate as gate_lib
 from retention_jax.models import gate_files, rope, weights
+from retention_jax.parallel import distributed, sharding
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +48,7 @@ def streams():
 @pytest.fixture(scope="module")
 def results(model, tmp_path_factory):
     output = tmp_path_factory.mktemp("dilution") / "new" / "folder"
-    return dilution.run(model, SMALL, DATA, output), output
+    return sweep.run(model, SMALL, DATA, output), output
 
 
 # Which tokens are useful.
@@ -82,7 +85,7 @@ def test_shares_by_hand(model):
     """Even attention, so that a share is a count: of the fact's six tokens among all that are seen."""
     tokens = np.array([[NOISE] * 3 + [MARK, KEY + 3, VALUE] + [NOISE] * 3 + [ASK, KEY + 3, VALUE]])
     asked = np.full_like(tokens, 3)
-    found = dilution.measure(evenly(model), tokens, recall.facts_at(tokens), asked, CacheConfig(budget=12, recent=12))
+    found = measure.measure(evenly(model), tokens, recall.facts_at(tokens), asked, CacheConfig(budget=12, recent=12))
     want = [0, 0, 0, 1 / 4, 2 / 5, 3 / 6, 4 / 7, 5 / 8, 6 / 9, 6 / 10, 6 / 11, 6 / 12]
     everywhere = lambda a: np.broadcast_to(np.asarray(a, np.float64)[None, :, None, None], found.asked.shape)
     assert found.asked.shape == (1, 12, 2, 4)
@@ -90,7 +93,7 @@ def test_shares_by_hand(model):
     assert_close(found.any_fact, everywhere(want), 1e-6)
     assert_close(found.seen, everywhere(np.arange(1, 13)), 1e-6)
     assert_close(found.useful, everywhere([0, 0, 0, 1, 2, 3, 4, 5, 6, 6, 6, 6]), 1e-6)
-    nothing = dilution.measure(evenly(model), tokens, recall.facts_at(tokens), asked + 1, CacheConfig(12, 12))
+    nothing = measure.measure(evenly(model), tokens, recall.facts_at(tokens), asked + 1, CacheConfig(12, 12))
     assert not np.any(nothing.asked) and not np.any(nothing.useful), "a fact that is nowhere"
     assert_close(nothing.any_fact, found.any_fact, 1e-6)
 
@@ -103,7 +106,7 @@ def test_shares_of_what_was_kept_by_hand():
     model = tiny_model(vocab_size=recall.VOCAB_SIZE)
     tokens = np.array([[NOISE] * 3 + [MARK, KEY + 3, VALUE] + [NOISE] * 3 + [ASK, KEY + 3, VALUE]])
     cache = CacheConfig(budget=5, recent=3, policy="streaming")
-    found = dilution.measure(evenly(model), tokens, recall.facts_at(tokens), np.full_like(tokens, 3), cache)
+    found = measure.measure(evenly(model), tokens, recall.facts_at(tokens), np.full_like(tokens, 3), cache)
     want = [0, 0, 0, 1 / 4, 2 / 5, 3 / 6, 3 / 6, 4 / 7, 5 / 8, 2 / 6, 2 / 7, 2 / 8]
     assert_close(found.asked, np.broadcast_to(np.array(want)[None, :, None, None], found.asked.shape), 1e-6)
     assert_close(found.seen[0, :, 1, 2], [1, 2, 3, 4, 5, 6, 6, 7, 8, 6, 7, 8], 1e-6)
@@ -157,7 +160,7 @@ def plainly(model, row, facts, asked, cache):
 )
 def test_as_plain_softmax_over_what_is_kept(model, streams, cache):
     tokens, facts, asked = streams
-    found = dilution.measure(model, tokens, facts, asked, cache)
+    found = measure.measure(model, tokens, facts, asked, cache)
     for row in range(2):
         want = plainly(model, tokens[row], facts[row], asked[row], cache)
         for got, right, tolerance in zip(found[:4], want, (1e-5, 1e-5, 1e-4, 1e-4), strict=True):
@@ -168,7 +171,7 @@ def test_as_plain_softmax_over_what_is_kept(model, streams, cache):
 
 
 def test_a_budget_that_holds_everything_is_the_full_cache(model, streams):
-    full, held = (dilution.measure(model, *streams, cache) for cache in (FULL, CacheConfig(budget=T, recent=R)))
+    full, held = (measure.measure(model, *streams, cache) for cache in (FULL, CacheConfig(budget=T, recent=R)))
     for a, b in zip(full[:4], held[:4], strict=True):
         assert_close(b, a)
     np.testing.assert_array_equal(full.best, held.best)
@@ -179,7 +182,7 @@ def test_a_budget_that_holds_everything_is_the_full_cache(model, streams):
 def test_predicts_what_decoding_predicts(model, streams, recent):
     cache = CacheConfig(budget=4, recent=recent)
     scores, _ = scoring.score_stream(model, streams[0], cache, np.full(len(streams[0]), T))
-    found = dilution.measure(model, *streams, cache)
+    found = measure.measure(model, *streams, cache)
     assert found.asked.shape[:2] == found.best.shape == streams[0].shape
     np.testing.assert_array_equal(found.best[:, :-1], scores.best)
 
@@ -190,7 +193,7 @@ def test_predicts_what_decoding_predicts(model, streams, recent):
 def test_run_measures_every_cell(model, results):
     found, _ = results
     assert [(r.length, r.policy, r.budget) for r in found] == [(T, "full", T), (T, "retention", 3)]
-    scores = {row.policy: row.score for row in evaluate.run(model, SMALL, DATA, None)}
+    scores = {row.policy: row.score for row in plan.run(model, SMALL, DATA, None)}
     for r in found:
         assert r.queries == 2 * 3 * round(recall.QUERY_SHARE * T / recall.SLOT)
         assert r.accuracy.mean() == pytest.approx(scores[r.policy])
@@ -205,14 +208,14 @@ def test_margin_and_crowd_are_medians_over_queries(model, results):
     at_queries = []
     for rows, answers in zip(tokens, labels, strict=True):
         asked = np.clip(rows - KEY, 0, recall.NUM_KEYS - 1)
-        found = dilution.measure(model, rows, recall.facts_at(rows), asked, FULL)
+        found = measure.measure(model, rows, recall.facts_at(rows), asked, FULL)
         at_queries.append(
             [np.asarray(a)[np.roll(answers, -1, axis=1)] for a in (found.asked, found.useful, found.seen)]
         )
     share, useful, seen = (np.concatenate(a).astype(np.float64) for a in zip(*at_queries, strict=True))
     full = results[0][0]
     np.testing.assert_allclose(full.crowd, np.median((seen - useful) / useful, axis=0), rtol=1e-4)
-    needed = dilution.needed_margin(useful, seen - useful, 1 - share)
+    needed = statements.needed_margin(useful, seen - useful, 1 - share)
     np.testing.assert_allclose(full.margin, np.median(needed, axis=0), atol=1e-3)
 
 
@@ -226,7 +229,7 @@ def test_files_of_a_run(results):
 
 
 def one(**changes):
-    plain = dilution_plots.Result(
+    plain = plots.Result(
         length=768,
         policy="retention",
         budget=48,
@@ -241,19 +244,31 @@ def one(**changes):
 
 
 def test_what_no_query_sees_is_null(tmp_path):
-    dilution.save([one()], tmp_path / "x.json")
+    sweep.save([one()], tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text())[0]["margin"] == [[1.0, 2.0], [3.0, None]]
 
 
 def test_table_by_hand():
     half = 12.706 * np.std([70, 80], ddof=1) / 2**0.5  # t(0.975; 1) as printed tables have it
-    lines = dilution.table([one(policy="full", budget=768), one(policy="retention_local")]).splitlines()
+    lines = sweep.table([one(policy="full", budget=768), one(policy="retention_local")]).splitlines()
     assert lines[0] == "recall, 768 tokens, 640 queries; mean ± half the 95 % interval over 2 seeds"
     assert lines[1].split("  ")[-1] == "off all facts, layer 1"
     assert lines[2].split() == f"full cache 75.0 ± {half:.1f} 0.500 ± 0.000 0.300 ± 0.000 0.125 ± 0.000".split()
     assert lines[3].startswith("retention local, 48 kept")
     alone = one(accuracy=np.array([0.7]), dilution=np.full((1, 2, 2), 0.5), off_facts=np.full((1, 2, 2), 0.25))
-    assert dilution.table([alone]).splitlines()[2].split()[-4:] == ["70.0", "0.500", "0.500", "0.250"]
+    assert sweep.table([alone]).splitlines()[2].split()[-4:] == ["70.0", "0.500", "0.500", "0.250"]
+
+
+def test_figure_of_degenerate_results(tmp_path):
+    """All attention off, nothing right, one seed, one length, and no query that sees its fact."""
+    nothing = dict(accuracy=np.zeros(1), dilution=np.ones((1, 2, 2)), off_facts=np.ones((1, 2, 2)))
+    nothing |= dict(margin=np.full((2, 2), np.nan), crowd=np.full((2, 2), np.nan))
+    for name, chosen in {
+        "one": [one(**nothing)],
+        "two": [one(policy="full", budget=768, **nothing), one(**nothing)],
+    }.items():
+        plots.figure(chosen, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 20_000
 
 
 def test_figure_of_any_choice_of_cells(tmp_path):
@@ -264,23 +279,57 @@ def test_figure_of_any_choice_of_cells(tmp_path):
         "many": [full(192, 30.0), one(length=192), full(768, 127.0), one(), one(budget=8), one(policy="streaming")],
     }
     for name, chosen in choices.items():
-        dilution_plots.figure(chosen, tmp_path / f"{name}.png")
+        plots.figure(chosen, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 20_000
-    assert dilution_plots.message(choices["many"]).endswith("dilution 0.30 against 0.30, accuracy 75 % against 75 %")
+    assert plots.message(choices["many"]).endswith("dilution 0.30 against 0.30, accuracy 75 % against 75 %")
+
+
+def test_a_mesh_measures_as_one_device(model):
+    """Two rows of devices, which three sequences do not fill; slots of the pool are cut in two."""
+    mesh = sharding.make_mesh(data=2, context=2)
+    laid_out = jax.device_put(model, sharding.of_tree(mesh, model, sharding.DECODING))
+    config = dataclasses.replace(SMALL, policies=("full", "retention", "streaming"), budgets=(4,), seeds=1)
+    for found, alone in zip(sweep.run(laid_out, config, DATA, None), sweep.run(model, config, DATA, None), strict=True):
+        assert (found.policy, found.budget, found.queries) == (alone.policy, alone.budget, alone.queries)
+        np.testing.assert_array_equal(found.accuracy, alone.accuracy)
+        for name in ("dilution", "off_facts", "margin", "crowd"):
+            np.testing.assert_allclose(getattr(found, name), getattr(alone, name), rtol=1e-4, atol=1e-4)
+    assert found.dilution.std() > 0.01
+
+
+def test_options_of_the_cache_are_honoured(model):
+    config = dataclasses.replace(SMALL, policies=("retention",), budgets=(9,), seeds=1)
+    plain, protected = (
+        sweep.run(model, c, DATA, None)[0] for c in (config, dataclasses.replace(config, protect_first=9))
+    )
+    assert np.abs(plain.dilution - protected.dilution).max() > 0.01
+    with pytest.raises(ValueError, match="observe=8 changes nothing for retention"):
+        sweep.run(model, dataclasses.replace(config, observe=8), DATA, None)
+
+
+def test_results_of_other_processes_stay_bitwise(monkeypatch):
+    """As `distributed.gather` carries them, nan included."""
+    mine = [one(dilution=np.random.default_rng(0).random((2, 2, 2)))]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda text: [text, text])
+    for got in sweep._shared_out(mine):
+        assert got._fields == mine[0]._fields
+        for a, b in zip(got, mine[0], strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_what_cannot_be_measured_is_refused(model, monkeypatch):
-    monkeypatch.setattr(dilution, "measure", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(sweep, "measure", lambda *args: pytest.fail("measured"))
     change = lambda **fields: dataclasses.replace(SMALL, **fields)
     with pytest.raises(ValueError, match="unknown task 'recal'; known: recall"):
-        dilution.run(model, change(tasks=("recal",)), DATA, None)
+        sweep.run(model, change(tasks=("recal",)), DATA, None)
     text = DataConfig(task="text", path="some.txt")
     with pytest.raises(ValueError, match="only the task 'recall' knows its useful tokens, got recall, text"):
-        dilution.run(model, change(tasks=("recall", "text")), text, None)
-    with pytest.raises(ValueError, match="policy 'oracle' is for scores alone"):
-        dilution.run(model, change(policies=("oracle",)), DATA, None)
+        sweep.run(model, change(tasks=("recall", "text")), text, None)
+    with pytest.raises(ValueError, match="policy 'oracle' must know what comes"):
+        sweep.run(model, change(policies=("oracle",)), DATA, None)
     with pytest.raises(ValueError, match="'recall' needs a vocabulary of 64, got 32"):
-        dilution.run(tiny_model(), SMALL, DATA, None)
+        sweep.run(tiny_model(), SMALL, DATA, None)
 
 
 # ml_collections imports config files by a call that Python 3.12 deprecates.
@@ -299,13 +348,13 @@ def test_command_from_workdir_to_results(tmp_path, model, capsys, monkeypatch):
     )
     values = flags.FlagValues()
     values["verbosity"] = flags.FLAGS["verbosity"]
-    evaluate.define_flags(values)
+    command.define_flags(values)
     given = ["--policies=retention", f"--output={tmp_path / 'out'}"]
     before = logging.get_verbosity()
     logging.set_verbosity(logging.INFO)
     try:
         argv = ["dilution", f"--config={tmp_path / 'config.py'}", f"--checkpoint={tmp_path / 'run'}", *given]
-        dilution.main(values(argv), values)
+        command.main(values(argv), values)
         assert logging.get_verbosity() == logging.WARNING, "which kernels run is told at INFO"
     finally:
         logging.set_verbosity(before)

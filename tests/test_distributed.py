@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from absl import flags
 
-from retention_jax import evaluate, train
+from retention_jax import train
 from retention_jax.config import DataConfig, EvalConfig, TrainConfig, conversion
-from retention_jax.evaluation import journal, rows
+from retention_jax.evaluation import journal, plan, rows
 from retention_jax.models import gate_files, weights
 from retention_jax.parallel import distributed
 
@@ -286,6 +286,6 @@ def test_two_processes_share_a_sweep(folder, tmp_path):
     assert list(map(len, units)) == [3, 3] and len(both) == 6  # two policies, three seeds: none twice
     found = rows.load(output / "results.json")
     config = EvalConfig(policies=("full", "streaming"), budgets=(3,), lengths=(36,), seeds=3, recent=6, examples=2)
-    alone = evaluate.run(weights.load(folder / "backbone", None, "float32"), config, DataConfig(), None)
+    alone = plan.run(weights.load(folder / "backbone", None, "float32"), config, DataConfig(), None)
     measured = dict(seconds=0.0, tokens_per_second=0.0, peak_bytes=None)
     assert [row._replace(**measured) for row in found] == [row._replace(**measured) for row in alone]

@@ -14,12 +14,11 @@ from helpers import row, tiny_config, tiny_model
 from text_helpers import make_tokenizer
 
 from retention_jax import evaluate
-from retention_jax.config import CacheConfig, DataConfig, EvalConfig, MeshConfig, TrainConfig, conversion
+from retention_jax.config import DataConfig, EvalConfig, MeshConfig, TrainConfig, conversion
 from retention_jax.data import recall
+from retention_jax.evaluation import command_flags, plan, sequences
 from retention_jax.evaluation import rows as rows_lib
-from retention_jax.evaluation import streams
 from retention_jax.generation import scoring
-from retention_jax.generation.scoring import score_stream
 from retention_jax.models import gate_files, weights
 from retention_jax.parallel import sharding
 
@@ -53,7 +52,7 @@ def evaluated(model, text, tmp_path_factory):
     lines = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tqdm.tqdm, "write", lambda text: lines.append(text))
-        rows = evaluate.run(model, TEXT, text, output)
+        rows = plan.run(model, TEXT, text, output)
     return rows, output, "\n".join(lines)
 
 
@@ -63,8 +62,8 @@ def test_programs_of_finished_cells_are_freed(model, monkeypatch):
     programs = lambda: len(jax.devices()[0].client.live_executables())
     before, budgets = programs(), (3, 4, 5, 6, 7, 8)
     config = dataclasses.replace(SMALL, policies=("streaming",), budgets=budgets, seeds=1)
-    monkeypatch.setattr(streams, "_PROGRAMS", 2)
-    assert len(evaluate.run(model, config, DATA, None)) == len(budgets) > 2
+    monkeypatch.setattr(sequences, "_PROGRAMS", 2)
+    assert len(plan.run(model, config, DATA, None)) == len(budgets) > 2
     assert programs() - before < len(budgets)
 
 
@@ -72,9 +71,9 @@ def test_a_policy_and_budget_are_compiled_once_for_all_lengths(model, monkeypatc
     compiled, compile_stream = [], scoring.compile_stream
     monkeypatch.setattr(scoring, "compile_stream", lambda *args: compiled.append(args) or compile_stream(*args))
     config = dataclasses.replace(SMALL, policies=("retention", "oracle"), lengths=(36, 47), seeds=1)
-    both = evaluate.run(model, config, DATA, None)
+    both = plan.run(model, config, DATA, None)
     assert len(compiled) == 1 + 2  # the oracle, which knows what comes, once for each length
-    [apart] = evaluate.run(model, dataclasses.replace(config, policies=("retention",), lengths=(47,)), DATA, None)
+    [apart] = plan.run(model, dataclasses.replace(config, policies=("retention",), lengths=(47,)), DATA, None)
     assert [row.score for row in both if (row.policy, row.length) == ("retention", 47)] == [apart.score]
 
 
@@ -85,13 +84,13 @@ def test_accuracy_by_hand():
     tokens = np.array([[5, 6, 7, 8], [1, 2, 3, 4]])
     label_mask = np.array([[True, True, False, True], [False, False, False, True]])  # the first token has no prediction
     best = np.array([[6, 0, 9], [2, 3, 4]])  # of the labelled 6, 8 and 4: right, wrong, right
-    assert streams.accuracy(best, tokens, label_mask) == pytest.approx(2 / 3)
+    assert sequences.accuracy(best, tokens, label_mask) == pytest.approx(2 / 3)
 
 
 def test_bits_per_byte_by_hand():
     log_prob = np.log(np.array([[1 / 2, 1 / 4, 1 / 3], [1 / 8, 1 / 3, 1.0]], np.float32))
     label_mask = np.array([[True, True, True, False], [True, True, False, True]])
-    assert streams.bits_per_byte(log_prob, label_mask) == pytest.approx((1 + 2 + 3 + 0) / 4)
+    assert sequences.bits_per_byte(log_prob, label_mask) == pytest.approx((1 + 2 + 3 + 0) / 4)
 
 
 def test_interval_by_hand():
@@ -103,44 +102,11 @@ def test_interval_by_hand():
 # What is evaluated.
 
 
-def test_policy_names():
-    make = lambda name: evaluate.cache_config(name, 16, 8, 192, 7)
-    assert make("full") == CacheConfig(budget=192, recent=8)
-    assert make("retention") == CacheConfig(budget=16, recent=8)
-    assert make("retention_local") == CacheConfig(budget=16, recent=8, local=True)
-    assert make("streaming") == CacheConfig(budget=16, recent=8, policy="streaming")
-    assert make("random") == CacheConfig(budget=16, recent=8, policy="random", seed=7)
-    with pytest.raises(ValueError, match="unknown policy 'h3o'; known: full, retention, retention_local"):
-        make("h3o")
-
-
-def test_every_policy_protects_the_same_tokens(model):
-    config = dataclasses.replace(SMALL, protect_first=1, protect_last=1)
-    tokens = streams.examples("recall", SMALL, DATA, 36)[0][0]
-    kept = lambda told: score_stream(
-        model, tokens, evaluate.buffer_of(told, "random", 3, 36), np.full(3, 36, np.int32)
-    )[1].positions(1)
-    assert all({0, 35} <= set(head) for layer in kept(config) for head in layer)
-    assert not all({0, 35} <= set(head) for layer in kept(SMALL) for head in layer)
-    made = [evaluate.buffer_of(config, name, 40, 36) for name in evaluate.POLICIES if name != "full"]
-    assert {(c.protect_first, c.protect_last) for c in made} == {(1, 1)}
-    assert evaluate.buffer_of(config, "full", 36, 36) == CacheConfig(budget=36, recent=6)
-
-
-def test_more_protected_than_kept_is_refused_with_every_policy_it_concerns():
-    config = EvalConfig(policies=("full", "tova", "pyramidkv"), budgets=(4, 8), protect_first=3, protect_last=2)
-    with pytest.raises(ValueError) as caught:
-        evaluate.check(config, DATA)
-    told = str(caught.value)
-    assert "tova with 4 entries: " in told and "pyramidkv with 8 entries: " in told
-    assert "tova with 8" not in told and "full" not in told
-
-
 def test_recall_examples_differ_by_seed_only():
-    one, mask = streams.examples("recall", SMALL, DATA, 36)
+    one, mask = sequences.examples("recall", SMALL, DATA, 36)
     assert one.shape == mask.shape == (2, 3, 36) and mask[..., 1:].any(axis=-1).all()
-    np.testing.assert_array_equal(one, streams.examples("recall", SMALL, DATA, 36)[0])
-    later, _ = streams.examples("recall", EvalConfig(examples=3, seeds=2, seed=1), DATA, 36)
+    np.testing.assert_array_equal(one, sequences.examples("recall", SMALL, DATA, 36)[0])
+    later, _ = sequences.examples("recall", EvalConfig(examples=3, seeds=2, seed=1), DATA, 36)
     np.testing.assert_array_equal(one[1], later[0])
     assert len(np.unique(np.concatenate([one, later[1:]]).reshape(-1, 36), axis=0)) == 9
 
@@ -148,11 +114,11 @@ def test_recall_examples_differ_by_seed_only():
 def test_text_examples_share_no_row_between_seeds(tmp_path):
     data = text_data(tmp_path)  # 400 bytes are held out: 8 rows of 48
     config = EvalConfig(tasks=("text",), examples=100, seeds=3)
-    tokens, mask = streams.examples("text", config, data, 48)
+    tokens, mask = sequences.examples("text", config, data, 48)
     assert tokens.shape == mask.shape == (3, 2, 48) and mask.all()
     assert len(np.unique(tokens.reshape(6, 48), axis=0)) == 6
     with pytest.raises(ValueError, match="8 held-out rows of 48 tokens, too few for 9 seeds"):
-        streams.examples("text", EvalConfig(tasks=("text",), seeds=9), data, 48)
+        sequences.examples("text", EvalConfig(tasks=("text",), seeds=9), data, 48)
 
 
 # A run.
@@ -180,7 +146,7 @@ def test_only_a_budget_that_holds_everything_scores_as_the_full_cache(evaluated)
 
 
 def test_blocks_of_logits_change_nothing(model, monkeypatch):
-    tokens = streams.examples("recall", SMALL, DATA, 36)[0][0]
+    tokens = sequences.examples("recall", SMALL, DATA, 36)[0][0]
     whole = scoring.score_full(model, tokens)
     monkeypatch.setattr(scoring, "_LOGITS_BLOCK", 16)
     blocks = inspect.unwrap(scoring.score_full)(model, tokens)
@@ -189,7 +155,7 @@ def test_blocks_of_logits_change_nothing(model, monkeypatch):
 
 
 def test_same_seed_same_numbers_and_other_seed_other_numbers(evaluated, model, text):
-    again, other = (evaluate.run(model, dataclasses.replace(TEXT, seed=seed), text, None) for seed in (0, 1))
+    again, other = (plan.run(model, dataclasses.replace(TEXT, seed=seed), text, None) for seed in (0, 1))
     untimed = lambda rows: [r._replace(seconds=0.0, tokens_per_second=0.0) for r in rows]
     assert untimed(again) == untimed(evaluated[0])
     assert all(a.score != b.score for a, b in zip(again, other, strict=True))
@@ -265,28 +231,28 @@ def test_table_on_screen_and_figure(evaluated):
 def test_bad_flags_are_refused(changes, message):
     given = dict.fromkeys(("tasks", "policies", "budgets", "lengths", "seed")) | changes
     with pytest.raises(ValueError, match=message):
-        evaluate.check(evaluate.override(EvalConfig(), **given), DATA)
+        plan.check(command_flags.override(EvalConfig(), **given), DATA)
 
 
 def test_flags_replace_only_what_they_name():
     nothing = dict.fromkeys(("tasks", "policies", "budgets", "lengths", "seed"))
-    assert evaluate.override(SMALL, **nothing) == SMALL
-    some = evaluate.override(SMALL, **(nothing | {"budgets": ["4", "8"], "seed": 3}))
+    assert command_flags.override(SMALL, **nothing) == SMALL
+    some = command_flags.override(SMALL, **(nothing | {"budgets": ["4", "8"], "seed": 3}))
     assert (some.budgets, some.seed, some.lengths) == ((4, 8), 3, SMALL.lengths)
 
 
 def test_a_vocabulary_too_small_is_refused():
     with pytest.raises(ValueError, match="task 'recall' has token 6[0-3]; the model's vocabulary is 32"):
-        evaluate.run(tiny_model(), SMALL, DATA, None)
+        plan.run(tiny_model(), SMALL, DATA, None)
 
 
 def test_wrong_sources_show_before_anything_is_evaluated(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "compile_scorer", lambda *args: pytest.fail("evaluated"))
+    monkeypatch.setattr(sequences, "compile_scorer", lambda *args: pytest.fail("evaluated"))
     (tmp_path / "math.jsonl").write_text('{"problem": "1 + 1?"}')
     sources = ("gsm8k=nowhere.jsonl", f"math500={tmp_path / 'math.jsonl'}", "ruler/qa_1=nothing.json")
     config = dataclasses.replace(SMALL, tasks=("recall", "gsm8k", "math500", "ruler/qa_1"), lengths=(512,))
     with pytest.raises(ValueError) as caught:
-        evaluate.run(model, dataclasses.replace(config, sources=sources), DATA, tmp_path, make_tokenizer(tmp_path))
+        plan.run(model, dataclasses.replace(config, sources=sources), DATA, tmp_path, make_tokenizer(tmp_path))
     told = str(caught.value)
     assert "'nowhere.jsonl' names no file" in told and "nothing.json" in told and "math.jsonl, row 1" in told
 
@@ -294,7 +260,7 @@ def test_wrong_sources_show_before_anything_is_evaluated(model, tmp_path, monkey
 def test_where_gates_and_backbone_are(tmp_path, model):
     run, gates = tmp_path / "run", tmp_path / "run" / "gates"
     (run / "backbone").mkdir(parents=True)
-    find = lambda checkpoint, backbone="", policies=("retention",): evaluate.checkpoint_folders(
+    find = lambda checkpoint, backbone="", policies=("retention",): command_flags.checkpoint_folders(
         str(checkpoint), str(backbone), policies
     )
     with pytest.raises(ValueError, match="neither gates.safetensors nor gates/"):
@@ -315,12 +281,12 @@ def test_what_does_not_fit_the_mesh_is_refused_all_at_once(model):
     laid_out = jax.device_put(model, sharding.of_tree(mesh, model, sharding.DECODING))
     config = dataclasses.replace(SMALL, policies=("full", "retention", "tova"))
     with pytest.raises(ValueError) as caught:
-        evaluate.run(laid_out, config, DATA, None)
+        plan.run(laid_out, config, DATA, None)
     told = str(caught.value)
     assert "retention with 3 entries: buffer: layers * key/value heads * budget must be a multiple of mesh" in told
     assert "tova with 3 entries: " in told and "policy 'tova' needs whole heads" in told
-    (row,) = evaluate.run(laid_out, dataclasses.replace(SMALL, policies=("full",)), DATA, None)
-    (alone,) = evaluate.run(model, dataclasses.replace(SMALL, policies=("full",)), DATA, None)
+    (row,) = plan.run(laid_out, dataclasses.replace(SMALL, policies=("full",)), DATA, None)
+    (alone,) = plan.run(model, dataclasses.replace(SMALL, policies=("full",)), DATA, None)
     assert row.score == alone.score  # 4 heads on 8 devices, 36 tokens
 
 
@@ -365,7 +331,7 @@ def test_command_from_workdir_to_results(tmp_path, model, capsys):
     assert [(r.policy, r.budget) for r in rows] == [("full", 36), ("retention", 3)]
     assert all(r.metric == "accuracy" and r.n == 2 * 3 * round(recall.QUERY_SHARE * 12) for r in rows)
     assert rows_lib.table(rows) in capsys.readouterr().out
-    alone = evaluate.run(model, dataclasses.replace(SMALL, policies=("full", "retention"), seed=4), DATA, None)
+    alone = plan.run(model, dataclasses.replace(SMALL, policies=("full", "retention"), seed=4), DATA, None)
     measured = dict(seconds=0.0, tokens_per_second=0.0, peak_bytes=None)
     assert [r._replace(**measured) for r in rows] == [r._replace(**measured) for r in alone]
 

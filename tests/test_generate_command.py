@@ -1,5 +1,6 @@
 """`python -m retention_jax.generate`, on a tiny random checkpoint with a tokenizer and a chat template."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -9,6 +10,7 @@ import sys
 import threading
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from absl import flags, logging
@@ -18,6 +20,7 @@ from text_helpers import save_tokenizer
 import retention_jax as rj
 from retention_jax.generation import conversation, decoding, prompt_files
 from retention_jax.generation.conversation import Conversation, Totals, Writer
+from retention_jax.policies.table import POLICIES
 from retention_jax.text import chat, tokenizer
 
 pytestmark = pytest.mark.slow
@@ -114,6 +117,40 @@ def test_plain_text_needs_no_template(writer):
         conversation.prompt_tokens(raw, [{"role": "user", "content": "two"}])
     with pytest.raises(ValueError, match="the prompt is empty"):
         conversation.prompt_tokens(raw, "")
+
+
+@pytest.mark.parametrize("mesh", ["tensor:8", "tensor:-1,data:1", "context:2,tensor:4"])
+def test_a_mesh_writes_the_same_text(folder, writer, capsys, mesh):
+    assert jax.device_count() == 8
+    tokens = conversation.prompt_tokens(writer, "two plus two?")
+    command(folder, "--prompt=two plus two?", f"--mesh={mesh}", "--budget=8")
+    out = rj.generate(
+        writer.model, [tokens], rj.CacheConfig(budget=8, recent=4), max_new_tokens=6,
+        stop_tokens=writer.tokenizer.stop_tokens,
+    )  # fmt: skip
+    assert capsys.readouterr().out == shown(writer, out.tokens[0]) + "\n"
+
+
+def test_rows_of_a_mesh_share_a_file(folder, tmp_path, capsys):
+    """Three prompts on two rows of devices: one is read twice, and written once."""
+    write_lines(tmp_path / "in", ROWS[:3])
+    for name, more in (("one", []), ("many", ["--mesh=data:2,tensor:4"])):
+        command(folder, f"--prompts={tmp_path / 'in'}", f"--output={tmp_path / name}", "--batch_size=4", *more)
+    one, many = results_of(tmp_path / "one"), results_of(tmp_path / "many")
+    assert len(many) == 3 and one == many
+    told = [line.partition(" tokens/s")[0].rpartition(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told[0] == told[1] and f"{sum(row['new_tokens'] for row in one)} new tokens" in told[0]
+
+
+def test_every_option_of_the_cache_is_a_flag():
+    module = runpy.run_module("retention_jax.generate", run_name="command")
+    values = flags.FlagValues()
+    module["define_flags"](values)
+    for field in dataclasses.fields(rj.CacheConfig):
+        default = None if field.default is dataclasses.MISSING else field.default
+        assert values[field.name].default == default, field.name
+        assert values[field.name].help and field.name in module["CACHE_HELP"]
+    assert all(name in values["policy"].help for name in POLICIES)
 
 
 @pytest.mark.slow
@@ -325,8 +362,13 @@ def test_totals_sum_over_batches_and_keep_the_largest_buffer():
         (["--prompts=a"], "together with --output"),
         (["--chat", "--output=a"], "together with --output"),
         (["--chat", "--raw"], "--raw leaves out"),
-        (["--prompt=a", "--gates="], "policy 'retention' needs --gates"),
-        (["--prompt=a", "--policy=best"], "flags.policy must be"),
+        (["--prompt=a", "--gates="], "policy 'retention' needs --gates; streaming, random, .* do not"),
+        (["--prompt=a", "--mesh=tensor:3"], "the axes must multiply to the 8 devices there are"),
+        (["--prompt=a", "--mesh=rows:8"], "--mesh must be as in data:2,fsdp:4, each of the axes .*; got 'rows:8'"),
+        (["--prompt=a", "--mesh=tensor:2,tensor:4"], "at most once; got 'tensor:2,tensor:4'"),
+        (["--prompt=a", "--mesh=data:8"], "read one text at a time: mesh data and fsdp must be 1, got 8"),
+        (["--prompts=a", "--output=b", "--mesh=data:8", "--batch_size=4"], "--batch_size must be a multiple of .* = 8"),
+        (["--prompt=a", "--policy=best"], "policy must be one of retention, .*the nearest is"),
         (["--prompt=a", "--budget=0"], "budget must be at least 1"),
         (["--prompt=a", "--template_kwargs=[1]"], "must be a JSON object, got \\[1\\]"),
         (["--prompt=a", "--template_kwargs={"], "--template_kwargs is not valid JSON"),

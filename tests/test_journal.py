@@ -10,9 +10,8 @@ import sys
 import pytest
 from helpers import tiny_model, untimed
 
-from retention_jax import evaluate
 from retention_jax.config import DataConfig, EvalConfig
-from retention_jax.evaluation import devices, journal, sweep
+from retention_jax.evaluation import devices, journal, plan, sweep
 from retention_jax.evaluation.journal import Unit
 
 pytestmark = pytest.mark.slow
@@ -54,13 +53,13 @@ def until_killed(book, unit, result):
     write(book, unit, result)
 
 Journal.write = until_killed
-test_journal.sweep_streams(pathlib.Path(sys.argv[1]))
+test_journal.sweep_sequences(pathlib.Path(sys.argv[1]))
 """
 
 
-def sweep_streams(output):
+def sweep_sequences(output):
     config = EvalConfig(policies=("full", "oracle"), budgets=(3,), lengths=(36,), recent=6, examples=2)
-    return evaluate.run(tiny_model(vocab_size=64), config, DataConfig(), output)
+    return plan.run(tiny_model(vocab_size=64), config, DataConfig(), output)
 
 
 def test_a_killed_sweep_goes_on(tmp_path):
@@ -70,7 +69,7 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert process.wait() == -signal.SIGKILL
     before = path.read_bytes()
     assert before.count(b"\n") == 1 + 7
-    again, whole = sweep_streams(path.parent), sweep_streams(tmp_path / "whole")
+    again, whole = sweep_sequences(path.parent), sweep_sequences(tmp_path / "whole")
     assert [r.score for r in again] == [r.score for r in whole]
     after = path.read_bytes()
     assert after.startswith(before) and after.count(b"\n") == 1 + 2 * 5

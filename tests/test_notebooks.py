@@ -14,6 +14,7 @@ from absl import flags
 
 from retention_jax import evaluate
 from retention_jax.config import TrainConfig
+from retention_jax.dilution import __main__ as dilution
 from retention_jax.report import __main__ as report
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -76,7 +77,7 @@ def test_first_code_installs_what_is_missing(monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_exist(name):
-    defined = {"retention_jax.report": report, "retention_jax.evaluate": evaluate, "retention_jax.dilution": evaluate}
+    defined = {"retention_jax.report": report, "retention_jax.evaluate": evaluate, "retention_jax.dilution": dilution}
     for module, rest in re.findall(r"`python -m ([\w.]+)([^`]*)`", "\n".join(cells(name, "markdown"))):
         known = flags.FlagValues()
         defined[module].define_flags(known)

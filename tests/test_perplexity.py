@@ -9,7 +9,7 @@ from text_helpers import save_tokenizer, write_rows
 
 from retention_jax.config import DataConfig
 from retention_jax.data import perplexity, pipeline, sources
-from retention_jax.evaluation import streams
+from retention_jax.evaluation import sequences
 from retention_jax.text import tokenizer
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -74,7 +74,7 @@ def test_scores_by_hand():
     assert perplexity.perplexity(log_prob) == pytest.approx(2 ** (7 / 4))
     assert perplexity.bits_per_byte(log_prob, np.array([[9, 3, 4], [9, 2, 5]])) == pytest.approx(7 / 14)
     bytes_each = np.ones((2, 3), int)
-    same = streams.bits_per_byte(log_prob, np.ones((2, 3), bool))
+    same = sequences.bits_per_byte(log_prob, np.ones((2, 3), bool))
     assert perplexity.bits_per_byte(log_prob, bytes_each) == pytest.approx(same)
 
 

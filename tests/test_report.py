@@ -1,11 +1,13 @@
 """Traces against plain loops over the buffer; the report's page: whole, harmless, and with the numbers it was given."""
 
 import base64
+import functools
 import gzip
 import html.parser
 import json
 import re
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -14,14 +16,13 @@ from helpers import tiny_model, tokens_of
 
 from retention_jax import cache as cache_lib
 from retention_jax.config import CacheConfig
-from retention_jax.evaluation.rows import Row
 from retention_jax.generation import decoding
 from retention_jax.models import decoder
 from retention_jax.models.inputs import Inputs
 from retention_jax.report import __main__ as command
-from retention_jax.report import page, results
-from retention_jax.report import trace as trace_lib
-from retention_jax.report.trace import NEVER
+from retention_jax.report import charts, page, results, traces
+from retention_jax.report.results import Results
+from retention_jax.report.traces import NEVER
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,7 @@ def model():
 
 def record(model, tokens, cache, **changes):
     given = {"names": NAMES, "title": "tiny", "policy": cache.policy}
-    return trace_lib.record(model, tokens, cache, **(given | changes))
+    return traces.record(model, tokens, cache, **(given | changes))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_trace_is_what_a_loop_over_kept_positions_sees(model, cache):
                     gone = pos not in kept
                     if gone and evicted[layer, head, pos] == -1:
                         evicted[layer, head, pos] = seen
-                    assert gone == (not trace_lib.kept_at(got, seen)[layer, head, pos])
+                    assert gone == (not traces.kept_at(got, seen)[layer, head, pos])
     evicted[evicted == -1] = NEVER
     np.testing.assert_array_equal(got.evicted, evicted)
     assert (got.log_beta is None) == (cache.policy == "streaming")
@@ -83,22 +84,22 @@ def test_trace_is_what_a_loop_over_kept_positions_sees(model, cache):
 
 
 def test_nothing_is_kept_before_it_arrives(traced):
-    assert not trace_lib.kept_at(traced, 8)[..., 8:].any()
-    assert trace_lib.kept_at(traced, 2)[..., :2].all()
+    assert not traces.kept_at(traced, 8)[..., 8:].any()
+    assert traces.kept_at(traced, 2)[..., :2].all()
 
 
 def test_half_life_by_hand():
     log_beta = np.log(np.array([0.5, 0.25, 2.0**-0.01], np.float32))
-    np.testing.assert_allclose(trace_lib.half_life(log_beta), [1, 0.5, 100], rtol=1e-5)
-    assert trace_lib.half_life(np.zeros(1, np.float32)) == np.inf
+    np.testing.assert_allclose(traces.half_life(log_beta), [1, 0.5, 100], rtol=1e-5)
+    assert traces.half_life(np.zeros(1, np.float32)) == np.inf
 
 
 def test_trace_file_round_trips(traced, tmp_path):
     odd = traced._replace(names=["", "é", "</script>", "日本", *NAMES[4:]], title="ti 'tle")
-    trace_lib.save(odd, tmp_path / "a.npz")
-    same_trace(trace_lib.load(tmp_path / "a.npz"), odd)
-    trace_lib.save(odd._replace(log_beta=None), tmp_path / "b.npz")
-    assert trace_lib.load(tmp_path / "b.npz").log_beta is None
+    traces.save(odd, tmp_path / "a.npz")
+    same_trace(traces.load(tmp_path / "a.npz"), odd)
+    traces.save(odd._replace(log_beta=None), tmp_path / "b.npz")
+    assert traces.load(tmp_path / "b.npz").log_beta is None
 
 
 def same_trace(got, want):
@@ -114,18 +115,18 @@ def test_bad_traces_are_refused(model, traced, tmp_path):
         record(model, np.array([1, 32]), CacheConfig(budget=1), names=["a"])
     (path := tmp_path / "a.npz").write_bytes(b"PK\x03\x04 no zip")
     with pytest.raises(ValueError, match="a.npz: not a trace"):
-        trace_lib.load(path)
+        traces.load(path)
     np.savez(path, title=np.array("x"), evicted=np.zeros((1, 1, 2), np.int32))
     with pytest.raises(ValueError, match="lacks policy, budget, recent, text, ends"):
-        trace_lib.load(path)
+        traces.load(path)
     np.savez(path, a=np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="not a trace"):
-        trace_lib.load(path)
-    trace_lib.save(traced._replace(evicted=traced.evicted[..., 1:]), path)
+        traces.load(path)
+    traces.save(traced._replace(evicted=traced.evicted[..., 1:]), path)
     with pytest.raises(
         ValueError, match=r"evicted has shape \(2, 2, 25\), but there are 26 tokens; log_beta has shape"
     ):
-        trace_lib.load(path)
+        traces.load(path)
 
 
 # The page.
@@ -157,12 +158,7 @@ class Reader(html.parser.HTMLParser):
         (self.scripts if self.open[-1:] == ["script"] else self.text).append(data)
 
 
-def row(**changes):
-    one = Row(
-        "recall", 768, "retention", 48, "accuracy", 0.75, 0.73, 0.77, 90, 5, 1, 2000, 9000, 1.0, 900.0, None, {}, 0, []
-    )
-    return one._replace(**changes)
-
+row = functools.partial(helpers.row, kv_bytes=2000, full_kv_bytes=9000, tokens_per_second=900.0)
 
 ROWS = [
     row(policy="full", budget=768, kv_bytes=9000),
@@ -178,8 +174,8 @@ def folder(traced, tmp_path_factory):
     run = {"device": NASTY, "versions": {"jax": "0.10.2"}, "config": {}}
     rows = [r._asdict() | {"other": 1} for r in ROWS]
     (path / "results.json").write_text(json.dumps({"run": run, "rows": rows}))
-    trace_lib.save(traced._replace(names=[NASTY, *NAMES[1:]], title=NASTY), path / "a.trace.npz")
-    trace_lib.save(traced._replace(title="another"), path / "b.trace.npz")
+    traces.save(traced._replace(names=[NASTY, *NAMES[1:]], title=NASTY), path / "a.trace.npz")
+    traces.save(traced._replace(title="another"), path / "b.trace.npz")
     return path
 
 
@@ -231,7 +227,7 @@ def test_page_holds_the_trace(page_text, traced):
     half = data["half_lives"]
     values = unpack(half["values"], "u1").reshape(traced.evicted.shape)
     got = 2 ** (half["first"] + half["step"] * values.astype(float))
-    np.testing.assert_allclose(np.log2(got), np.log2(trace_lib.half_life(traced.log_beta)), atol=half["step"] * 0.51)
+    np.testing.assert_allclose(np.log2(got), np.log2(traces.half_life(traced.log_beta)), atol=half["step"] * 0.51)
 
 
 def test_a_head_that_never_forgets_and_a_page_without_room(traced):
@@ -245,12 +241,45 @@ def test_a_head_that_never_forgets_and_a_page_without_room(traced):
 def test_kept_over_time_and_by_head(traced):
     times, edges, share = results.kept_over_time(traced, bins=7)
     for column, seen in enumerate(times):
-        kept = trace_lib.kept_at(traced, int(seen))
+        kept = traces.kept_at(traced, int(seen))
         wanted = [kept[..., a:b].mean() for a, b in zip(edges, edges[1:], strict=False)]
         np.testing.assert_allclose(share[:, column], wanted)
     assert times[-1] == edges[-1] == T
     twice = results.kept_by_head([traced, traced._replace(evicted=np.full_like(traced.evicted, NEVER))])
-    np.testing.assert_array_equal(twice, (trace_lib.kept_at(traced, T).sum(axis=-1) + T) / 2)
+    np.testing.assert_array_equal(twice, (traces.kept_at(traced, T).sum(axis=-1) + T) / 2)
+
+
+NOTHING = dict(score=0.0, low=0.0, high=0.0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [row(policy="full", budget=768, **NOTHING), row(budget=8, **NOTHING), row(budget=16, **NOTHING)],
+        [row(policy="full", budget=768, **NOTHING)],
+        [row(**NOTHING)],
+        [row(low=0.75, high=0.75)],
+        [row(metric="bits_per_byte", **NOTHING), row(metric="bits_per_byte", policy="full", **NOTHING)],
+    ],
+    ids=("all zero", "full cache alone", "one zero", "one point", "no bits"),
+)
+def test_degenerate_results_have_a_page(rows):
+    """Every number that is drawn is finite and inside the chart."""
+    policies = [name for name in dict.fromkeys(row.policy for row in rows) if name != "full"]
+    for panel in (charts.quality(rows, policies), charts.memory(rows, policies)):
+        points = [point for line in panel.lines for point in line.points] + ([panel.full] if panel.full else [])
+        assert len(points) == len(rows)
+        for point in points:
+            assert 0 <= point.x <= charts.WIDTH
+            assert all(0 <= y <= charts.HEIGHT for y in (point.y, point.low, point.high))
+        assert len({tick.at for tick in panel.y_ticks}) >= 2
+    assert parsed(page.build(Results({}, rows, []), "title", 10**6))
+
+
+def test_results_from_before_rows_had_options_are_read(tmp_path):
+    (old := row()._asdict()).pop("options")
+    (tmp_path / "results.json").write_text(json.dumps([old]))
+    assert results.read(tmp_path).rows == [row()]
 
 
 def test_bad_results_are_refused(tmp_path):

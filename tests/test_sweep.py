@@ -15,11 +15,10 @@ import pytest
 from helpers import tiny_model, untimed
 from text_helpers import make_tokenizer
 
-from retention_jax import evaluate
 from retention_jax.config import DataConfig, EvalConfig
-from retention_jax.evaluation import journal, prompts, rows, streams, sweep
+from retention_jax.evaluation import buffers, journal, plan, prompts, rows, sequences, sweep
 from retention_jax.evaluation.answers import Answers, behind_thoughts, seed_of
-from retention_jax.evaluation.streams import Streams
+from retention_jax.evaluation.sequences import Sequences
 from retention_jax.generation import decoding
 from retention_jax.parallel import sharding
 from retention_jax.tasks import text_metrics
@@ -73,8 +72,8 @@ def programs_kept(monkeypatch):
 def evaluated(model, tok, config, output, task=TASK):
     return sweep.run(
         [functools.partial(Answers, model, tok, config, "made", task, None)],
-        lambda length: evaluate.cells(config, length),
-        functools.partial(evaluate.buffer_of, config),
+        lambda length: buffers.cells(config, length),
+        functools.partial(buffers.buffer_of, config),
         header={},
         fingerprint={"seed": config.seed},
         output=output,
@@ -150,10 +149,10 @@ def test_prompts_that_nobody_may_cut_are_refused(model, tok):
     )  # e4 lacks room to answer
     told = r"2 of 5 prompts can be longer, with their answers, than the context of 70 tokens: 'e3' has 85 and answers "
     with pytest.raises(
-        ValueError, match=told + r"of up to 6\. Its authors cut nothing; another --context lets them pass$"
+        ValueError, match=told + r"of up to 6\. Its authors cut nothing; another --config.eval.context lets them pass$"
     ):
         Answers(model, tok, config, "made", TASK, None)
-    with pytest.raises(ValueError, match=r"'e3' has 85 and answers of up to 6\. .*, or answers of --max_new_tokens=2$"):
+    with pytest.raises(ValueError, match=r"'e3' has 85 and answers of up to 6\. .*, or answers of .*max_new_tokens=2$"):
         Answers(model, tok, dataclasses.replace(config, context=90), "made", TASK, None)
     fits = dataclasses.replace(config, context=90, max_new_tokens=2)
     assert Answers(model, tok, fits, "made", TASK, None).cut == 0
@@ -213,7 +212,7 @@ def test_told_answers_are_read_in_place_of_the_models(model, tok, tmp_path):
         task._replace(chat=False), tok, limit=None, query_aware=False, template_kwargs={}, room=[999]
     )
     assert tok.decode(plain.turns[1]) == "two red foxes\n\nand the dog?"
-    cache = evaluate.cache_config("snapkv", row.budget, CONFIG.recent, row.length, 0)
+    cache = buffers.buffer_of(CONFIG, "snapkv", row.budget, row.length)
 
     def read(text, buffer):
         tokens = np.zeros((1, decoding.bucket(len(text), None)), np.int32)
@@ -333,7 +332,7 @@ def test_prompts_of_one_block_are_in_memory_at_a_time(model, tok):
     found = sweep.run(
         [functools.partial(make, name) for name in ("a", "b")],
         lambda length: [("streaming", 6)],
-        functools.partial(evaluate.buffer_of, CONFIG),
+        functools.partial(buffers.buffer_of, CONFIG),
         header={},
         fingerprint={},
         output=None,
@@ -345,7 +344,7 @@ def test_prompts_of_one_block_are_in_memory_at_a_time(model, tok):
 def test_perplexity_is_of_all_tokens_together(model, tok, tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     config = EvalConfig(tasks=("perplexity",), seeds=3, examples=1, sources=(f"perplexity={tmp_path / 'text.txt'}",))
-    block = Streams(model, config, DataConfig(), "perplexity", 12, tok, streams.remembering(model))
+    block = Sequences(model, config, DataConfig(), "perplexity", 12, tok, sequences.compile_once(model))
     result = {"kv_bytes": 1, "seconds": 1.0, "peak_bytes": None, "made_by": ""}
     units = block.units("streaming", 4)
     row = block.row({unit: {**result, "scores": [x]} for unit, x in zip(units, (2.0, 4.0, 8.0), strict=True)})
@@ -370,6 +369,6 @@ def test_journals_of_another_run_are_refused(model, tok, tmp_path):
 def test_problems_come_all_at_once():
     config = EvalConfig(tasks=("ruler/niah", "gsm9k", "longbench/hotpotqa"), policies=("h3o",))
     with pytest.raises(ValueError) as error:
-        evaluate.check(config, DataConfig())
+        plan.check(config, DataConfig())
     for part in ("'ruler/niah'; ruler has", "'gsm9k'; known: recall", "'longbench/hotpotqa' needs", "policy 'h3o'"):
         assert part in str(error.value)

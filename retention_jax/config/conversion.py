@@ -56,8 +56,24 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_config_dict(config: Any) -> ConfigDict:
-    """The locked ConfigDict that absl's `--config.field=value` flags override."""
-    return config_dict.create(**to_dict(config)).lock()
+    """The locked ConfigDict that absl's `--config.field=value` flags override.
+
+    A number, text or switch that is None by default knows its type, so that a flag can set it.
+    """
+    return config_dict.create(**_typed(type(config), to_dict(config))).lock()
+
+
+def _typed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values with a typed placeholder for each None that stands for a number, text or switch."""
+    hints = typing.get_type_hints(cls)
+
+    def typed(name: str, value: Any) -> Any:
+        if isinstance(value, dict) and (nested := _dataclass_in(hints[name])):
+            return _typed(nested, value)
+        kind = next((kind for kind in (bool, int, float, str) if kind in typing.get_args(hints[name])), None)
+        return config_dict.placeholder(kind) if value is None and kind else value
+
+    return {name: typed(name, value) for name, value in values.items()}
 
 
 def from_config_dict(cls: type[C], values: ConfigDict) -> C:

@@ -1,7 +1,8 @@
-"""What an evaluation can be told; part of `config.py`."""
+"""What an evaluation can be asked for."""
 
 import dataclasses
 
+from retention_jax.config.cache import CacheConfig
 from retention_jax.config.checks import check_types, require
 
 
@@ -9,20 +10,29 @@ from retention_jax.config.checks import check_types, require
 class EvalConfig:
     """What is evaluated: every task x length x policy x budget.
 
-    recall and text are streams, read token by token, over several seeds. All other tasks are questions to answer.
+    Tasks are of two kinds. Sequences (recall, text, perplexity) are read token by token, over several seeds, and each
+    next token is predicted. All other tasks have questions, and the model writes answers.
+
+    Options of the cache have the names that they have in CacheConfig. Each applies to the policies that honour it.
     """
 
     tasks: tuple[str, ...] = ("recall",)  # () evaluates nothing
-    policies: tuple[str, ...] = ("full", "retention", "retention_local", "streaming", "random")
+    policies: tuple[str, ...] = ("full", CacheConfig.policy)  # names as in `evaluation/buffers.py`
     budgets: tuple[int, ...] = (16, 32, 48)
     lengths: tuple[int, ...] = (192, 768)
-    recent: int = 8  # R while evaluating
-    protect_first: int = 0  # tokens that stay in every head under every policy, beside what a policy keeps by itself
-    protect_last: int = 0  # the same of the newest tokens
-    examples: int = 32  # streams: sequences for each seed
-    seeds: int = 5  # streams
-    # streams: the first of `seeds` consecutive ones. answers: of the draws. A random policy has one for all:
-    # it is compiled in, so that the intervals leave out how the policy's own luck varies.
+    recent: int = 8  # cache: tokens between two evictions
+    prefill_chunk: int | None = CacheConfig.prefill_chunk  # cache, for answers: prompt tokens read at a time
+    protect_first: int = CacheConfig.protect_first  # cache
+    protect_last: int = CacheConfig.protect_last  # cache
+    min_per_head: int = CacheConfig.min_per_head  # cache
+    threshold: float | None = CacheConfig.threshold  # cache
+    horizon: int = CacheConfig.horizon  # cache
+    observe: int = CacheConfig.observe  # cache
+    pool_width: int = CacheConfig.pool_width  # cache
+    examples: int = 32  # sequences: how many for each seed
+    seeds: int = 5  # sequences: how many seeds, one after another from `seed`
+    # The first of `seeds` for sequences, and what draws start from for answers. A random policy uses `seed` alone for
+    # all sequences. So intervals over seeds do not show how much such a policy's own draws vary.
     seed: int = 0
     decoys: float = 0.4  # recall: share of slots that are decoys
     sources: tuple[str, ...] = ()  # TASK=SOURCE: where a task's questions are, see `tasks/load.py`
@@ -34,7 +44,6 @@ class EvalConfig:
     query_aware: bool = False  # answers: False evicts from the context before the question is read
     context: int | None = None  # answers: tokens of prompt and answers; None: as many as the model was made to read
     batch_size: int = 8  # answers: problems read together, by all devices of a mesh
-    prefill_chunk: int | None = None  # answers: prompt tokens read at a time; None reads a prompt in one pass
     enable_thinking: bool | None = None  # answers: given to the chat template; None leaves it to the template
     judge_url: str = ""  # longmemeval: OpenAI-compatible endpoint of the model that grades
     judge_model: str = ""  # longmemeval

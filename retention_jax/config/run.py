@@ -138,6 +138,23 @@ class MeshConfig:
             (list(sizes.values()).count(-1) <= 1, f"only one axis may be -1, got {sizes}"),
         )
 
+    @classmethod
+    def parse(cls, text: str) -> "MeshConfig":
+        """The mesh that a flag such as --mesh=data:2,tensor:4 asks for. Axes that are not named have size 1.
+
+        Raises:
+          ValueError: where the text is not of this form, names an axis twice, or a size is wrong.
+        """
+        axes = tuple(field.name for field in dataclasses.fields(cls))
+        parts = [(part, *part.partition(":")[::2]) for part in text.split(",")]
+        bad = [part for part, axis, size in parts if axis not in axes or not size.removeprefix("-").isdecimal()]
+        if bad or len({axis for _, axis, _ in parts}) < len(parts):
+            raise ValueError(
+                f"--mesh must be as in data:2,fsdp:4, each of the axes {', '.join(axes)} at most once; got "
+                f"{', '.join(map(repr, bad)) or repr(text)}"
+            )
+        return cls(**dict.fromkeys(axes, 1) | {axis: int(size) for _, axis, size in parts})
+
     def over(self, devices: int) -> dict[str, int]:
         """The size of every axis on so many devices; raises ValueError if they do not multiply to that."""
         sizes = dataclasses.asdict(self)

@@ -1,6 +1,5 @@
 """Scores of what a model answers to a task's questions, with the cache evicted while it reads and writes."""
 
-import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retention_jax.cache import full_nbytes
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig, EvalConfig
-from retention_jax.evaluation import devices, prompts
+from retention_jax.evaluation import buffers, devices, prompts
+from retention_jax.evaluation.buffers import FULL
 from retention_jax.evaluation.journal import Result, Unit
 from retention_jax.evaluation.prompts import Prompt, num_tokens
 from retention_jax.evaluation.rows import Row, interval
-from retention_jax.evaluation.streams import full_kv_bytes
 from retention_jax.generation import decoding
 from retention_jax.models.decoder import Decoder
+from retention_jax.parallel import sharding
 from retention_jax.tasks.example import Task
 from retention_jax.text.tokenizer import Tokenizer
 
@@ -59,8 +60,8 @@ class Answers:
             raise ValueError(
                 f"task {name!r}: {len(too_long)} of {len(found)} prompts can be longer, with their answers, than the "
                 f"context of {context} tokens: {task.examples[most.index].name!r} has {num_tokens(most)} and answers "
-                f"of up to {sum(self.new_tokens[most.index])}. Its authors cut nothing; another --context lets them "
-                "pass" + (f", or answers of --max_new_tokens={fits}" if fits >= 1 else "")
+                f"of up to {sum(self.new_tokens[most.index])}. Its authors cut nothing; another --config.eval.context "
+                "lets them pass" + (f", or answers of --config.eval.max_new_tokens={fits}" if fits >= 1 else "")
             )
         self.cut = sum(prompt.cut for prompt in found)
         self.batches = prompts.batches(found, self.new_tokens, config.batch_size)
@@ -76,15 +77,15 @@ class Answers:
             for batch in range(len(self.batches))
         ]
 
-    def of(self, unit: Unit) -> str:
-        """A short name of the texts that a unit's results are of."""
-        told = [(prompt, self.definition.examples[prompt.index]) for prompt in self.batches[unit.batch]]
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    def digest(self, unit: Unit) -> str:
+        """A short name of the unit's prompts and examples."""
+        texts = [(prompt, self.definition.examples[prompt.index]) for prompt in self.batches[unit.batch]]
+        return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
 
     def results(
         self, units: Sequence[Unit], cache_of: Callable[[str, int, int], CacheConfig]
     ) -> Iterator[tuple[Unit, Result]]:
-        """Answers the units, in order, each when it is asked for; `scores` scores them."""
+        """Answers the units, in order. A unit is answered when the iterator reaches it; `scores` scores it later."""
         cell = None
         for unit in units:
             if (unit.policy, unit.budget) != cell:
@@ -93,22 +94,21 @@ class Answers:
             batch = self.batches[unit.batch]
             most = max(_most_tokens(prompt, self.new_tokens[prompt.index]) for prompt in batch)
             cache = cache_of(unit.policy, unit.budget, -(-most // _STEP) * _STEP)
-            if self.config.prefill_chunk is not None:
-                cache = dataclasses.replace(cache, prefill_chunk=self.config.prefill_chunk)
             result = self._answered(batch, cache, unit.seed)
-            if unit.policy == "full":
+            if unit.policy == FULL:
                 result["kv_bytes"] = result["full_kv_bytes"]
             yield unit, result
 
     def _answered(self, batch: list[Prompt], cache: CacheConfig, sample: int) -> Result:
-        batch = batch + batch[-1:] * (-len(batch) % devices.row_parts(self.model))
+        batch = batch + batch[-1:] * (-len(batch) % sharding.row_parts(self.model))
         compiled, started = devices.compile_seconds(), time.perf_counter()
         buffer, last, done, stats = None, [], [], {}
         if batch[0].context:
             buffer = self._read([prompt.context for prompt in batch], cache, None)
         for turn, max_new_tokens in enumerate(self.new_tokens[batch[0].index]):
             asked = [self._asked(prompt, turn, last[i] if last else None) for i, prompt in enumerate(batch)]
-            # Where the answer is to leave no trace, the question is read once more, on a buffer of its own.
+            # Where the next turn has a given text in place of the answer, the answer must leave no trace. So the
+            # question is read once more, into a copy of the buffer.
             untouched = self._read(asked, cache, jax.tree.map(jnp.copy, buffer)) if batch[0].told[turn] else None
             out = decoding.generate(
                 self.model,
@@ -129,10 +129,12 @@ class Answers:
         answers = {prompt.index: (prompt, [turn[i] for turn in done]) for i, prompt in enumerate(batch)}
         return {
             "answers": [
-                self._told(prompt, turn, new) for prompt, of in answers.values() for turn, new in enumerate(of)
+                self._answer(prompt, turn, new)
+                for prompt, new_tokens in answers.values()
+                for turn, new in enumerate(new_tokens)
             ],
             "kv_bytes": int(stats["kv_bytes"]) // len(batch),
-            "full_kv_bytes": full_kv_bytes(self.model, max(map(_tokens_seen, batch, zip(*done, strict=True)))),
+            "full_kv_bytes": full_nbytes(self.model.config, max(map(_tokens_seen, batch, zip(*done, strict=True)))),
             "seconds": seconds,
             "peak_bytes": devices.largest_program(),
         }
@@ -150,27 +152,27 @@ class Answers:
         tokens = prompt.turns[turn]
         return tokens if last is None or (prompt.closing and last in self.tokenizer.stop_tokens) else [last, *tokens]
 
-    def _told(self, prompt: Prompt, turn: int, new: list[int]) -> dict[str, Any]:
-        """One answer."""
+    def _answer(self, prompt: Prompt, turn: int, new: list[int]) -> dict[str, Any]:
+        """One answer as it stands in the journal."""
         name, text = self.definition.examples[prompt.index].name, self.tokenizer.decode(new)
         stopped = new[-1] in self.tokenizer.stop_tokens
         return {"example": name, "turn": turn, "text": text, "tokens": len(new), "stopped": stopped}
 
     def scores(self, unit: Unit, result: Result) -> list[float]:
-        """Of a unit's answers, in order; scored is what stands behind the model's thoughts."""
+        """The score of each of a unit's answers, in order. What the model thinks before it answers is left out."""
         asked = {self.definition.examples[prompt.index].name: prompt for prompt in self.batches[unit.batch]}
 
-        def score(told: dict[str, Any]) -> float:
-            prompt, turn = asked[told["example"]], told["turn"]
-            said = behind_thoughts(self.tokenizer.decode(prompt.turns[turn]), told["text"])
-            if not told["stopped"] and self.definition.of_unended is not None:
+        def score(answer: dict[str, Any]) -> float:
+            prompt, turn = asked[answer["example"]], answer["turn"]
+            said = behind_thoughts(self.tokenizer.decode(prompt.turns[turn]), answer["text"])
+            if not answer["stopped"] and self.definition.of_unended is not None:
                 said = self.definition.of_unended(said)
             return float(self.definition.score(self.definition.examples[prompt.index], turn, said))
 
-        return [score(told) for told in result["answers"]]
+        return [score(answer) for answer in result["answers"]]
 
     def row(self, results: dict[Unit, Result]) -> Row:
-        """The row of one policy and budget, whose units' results are given."""
+        """The row of one policy and budget, from the results of its units."""
         unit, seconds = next(iter(results)), sum(r["seconds"] for r in results.values())
         answers = [answer for result in results.values() for answer in result["answers"]]
         turns = {example.name: example.turns for example in self.definition.examples}
@@ -201,6 +203,7 @@ class Answers:
             peak_bytes=devices.most(r["peak_bytes"] for r in results.values()),
             groups={name: float(np.mean(_means(found))) for name, found in sorted(of_groups.items())},
             cut=self.cut,
+            options=buffers.options(self.config, unit.policy),
             made_by=sorted({r["made_by"] for r in results.values()}),
         )
 
@@ -213,7 +216,7 @@ def behind_thoughts(asked: str, text: str) -> str:
 
 
 def seed_of(seed: int, sample: int) -> int:
-    """What a sample's draws start from. The sum of the two would give runs with other seeds the same samples."""
+    """The seed of one sample's draws. `seed + sample` would give runs with different seeds some equal samples."""
     return int(np.random.SeedSequence((seed, sample)).generate_state(1)[0])
 
 

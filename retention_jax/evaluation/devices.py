@@ -1,4 +1,4 @@
-"""What devices tell: memory, time spent compiling, and whether a model is this process's alone."""
+"""What is known of devices: memory, time spent compiling, and whether a model is on this process's devices alone."""
 
 import functools
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from retention_jax.models.decoder import Decoder
-from retention_jax.parallel import checksum, sharding
+from retention_jax.parallel import checksum
 
 
 def program_bytes(sizes: Any) -> int | None:
@@ -37,12 +37,6 @@ def most(numbers: Iterable[int | None]) -> int | None:
 def is_own(model: Decoder) -> bool:
     """Whether all of the model lies on this process's devices, so that it works without the others."""
     return all(array.is_fully_addressable for array in jax.tree.leaves(model) if isinstance(array, jax.Array))
-
-
-def row_parts(model: Decoder) -> int:
-    """Into how many parts the mesh that a model is on cuts a batch: a batch must be a multiple of it."""
-    with sharding.enter_mesh_of(model):
-        return sharding.shards(*sharding.ROWS)
 
 
 def digest(model: Decoder) -> str:

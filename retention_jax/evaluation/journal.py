@@ -22,8 +22,8 @@ class Unit(NamedTuple):
     length: int
     policy: str
     budget: int
-    seed: int  # streams: of the sequences. answers: which sample, from 0
-    batch: int  # answers: which batch of examples. streams: 0
+    seed: int  # sequences: their seed. answers: which sample, from 0
+    batch: int  # answers: which batch of examples. sequences: 0
 
 
 Result = dict[str, Any]  # plain JSON values

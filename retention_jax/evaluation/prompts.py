@@ -1,4 +1,4 @@
-"""Examples of a task as tokens: what is read before an eviction that does not know the question, and what after."""
+"""Examples of a task as tokens: the context, which may be evicted from before the question is known, and the turns."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ class Prompt(NamedTuple):
 
     index: int  # in the task
     first_turn: int  # number of its first question among those of all examples
-    context: list[int]  # () where nothing is read before the question is known
+    context: list[int]  # [] where the question is read together with it
     turns: list[list[int]]  # of each turn: its question, what opens the answer, and the answer's given beginning
-    closing: bool  # whether a later turn's tokens begin with what ends the answer before it
-    told: tuple[bool, ...]  # of each turn: whether the next one's tokens begin with what stands for its answer
-    cut: bool  # whether something was taken out, as the task's authors do with prompts that are too long
+    closing: bool  # whether each later turn begins with the tokens that end the answer before it
+    told: tuple[bool, ...]  # of each turn: whether the next turn begins with a given text in place of this one's answer
+    cut: bool  # whether the prompt was too long and lost some text, as the task's authors do it
 
 
 def num_tokens(prompt: Prompt) -> int:

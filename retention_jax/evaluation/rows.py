@@ -25,23 +25,24 @@ class Row(NamedTuple):
     policy: str
     budget: int  # M, kept entries per layer and head; the length for the full cache
     metric: str  # "bits_per_byte", "perplexity": lower is better; all others, such as "accuracy", are shares
-    score: float  # mean over seeds (streams) or problems (answers)
+    score: float  # mean over seeds (sequences) or problems (answers)
     low: float  # 95 % Student-t interval of that mean; the score itself where it is a mean of one
     high: float
-    n: int  # scored tokens (streams) or problems (answers)
-    seeds: int  # streams: seeds the score is a mean over. answers: 1
-    samples: int  # answers: how often each question was answered. streams: 1
-    # Held for one sequence: keys, values and what scores need in all slots, recent window included. The full cache's is
-    # `full_kv_bytes`: it is not charged for room that answers leave unused.
+    n: int  # scored tokens (sequences) or problems (answers)
+    seeds: int  # sequences: seeds the score is a mean over. answers: 1
+    samples: int  # answers: how often each question was answered. sequences: 1
+    # Bytes held for one sequence: keys, values and what scores need, in all slots of pool and recent entries. For the
+    # full cache it is `full_kv_bytes`, without the room that answers leave unused.
     kv_bytes: int
     full_kv_bytes: int  # keys and values of all tokens of the longest sequence, answers as long as they were
     seconds: float  # for all of it, without compilation
-    tokens_per_second: float  # tokens read (streams) or written (answers), in those seconds
-    # Memory of a device that the largest of its compiled programs needs at once, as the compiler has it: weights, cache
-    # and temporaries. None where it does not tell.
+    tokens_per_second: float  # tokens read (sequences) or written (answers), in those seconds
+    # Memory of a device that the largest compiled program needs at once, by the compiler's own count: weights, cache
+    # and temporaries. None where the platform has no such count.
     peak_bytes: int | None
     groups: dict[str, float]  # mean score of each group of problems; {} where a task has no groups
     cut: int  # problems whose prompts were too long for the model and were cut as the task's authors do
+    options: dict[str, Any]  # fields of CacheConfig, beside policy and budget, that the policy ran with
     made_by: list[str]  # every `made_by()` that computed a part of it: a run may go on with other code
 
 
@@ -83,9 +84,9 @@ def named(metric: str) -> str:
 def interval(scores: Sequence[float]) -> tuple[float, float, float]:
     """Mean and its 95 % Student-t interval, mean -+ t(0.975; n - 1) * s / sqrt(n). One score is its own interval.
 
-    Of answers, a score is a problem's mean over its questions and samples: those of one problem are not independent, so
-    problems are what is counted (clustered errors, arXiv 2411.00640, section 2.2). For one question a problem, the mean
-    over problems is pass@1. Where all scores are equal the interval has no width, which says that there are too few.
+    For answers, each score is the mean over one problem's questions and samples. Those are not independent of each
+    other, so n counts problems (clustered errors, arXiv 2411.00640, section 2.2). Where each problem has one question,
+    the mean over problems is pass@1. Where all scores are equal the interval has no width: there are too few of them.
     """
     n, mean = len(scores), float(np.mean(scores))
     half = float(scipy.special.stdtrit(n - 1, 0.975) * np.std(scores, ddof=1) / n**0.5) if n > 1 else 0.0
@@ -122,9 +123,10 @@ def _cell(row: Row) -> str:
 
 
 def header(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What is true of a run: configuration, versions, device, seed, git commit (None outside one), date.
+    """What is true of a whole run: configuration, versions, device, seed, git commit, date.
 
-    Of the run that ended last: rows tell themselves which code computed them.
+    The commit is None outside a repository. All of it is about the run that ended last; a row's `made_by` names the
+    code that computed it.
     """
     return {
         "config": dict(config),
@@ -139,13 +141,13 @@ def header(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
 
 @functools.cache
 def made_by() -> str:
-    """What computes results now, in a line: git commit, versions, kind of device."""
+    """The code that computes results now, in one line: git commit, versions, kind of device."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES)
     return f"commit {_commit()}, {versions}, {jax.devices()[0].device_kind}"
 
 
 def _commit() -> str | None:
-    """Of the repository that this file is in, with `-changed` where tracked files differ from it."""
+    """The commit of the repository that this file is in, with `-changed` where tracked files differ from it."""
     folder = pathlib.Path(__file__).parent
     git = lambda *command: subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
     try:

@@ -1,4 +1,4 @@
-"""Runs what is left of an evaluation: units dealt out to processes, each result on disk as soon as it is there."""
+"""Computes what no journal has yet. Processes share the units, and each result is on disk as soon as it is known."""
 
 import contextlib
 import itertools
@@ -15,13 +15,10 @@ from retention_jax.evaluation import journal, plots, rows
 from retention_jax.evaluation.answers import Answers
 from retention_jax.evaluation.journal import Journal, Result, Unit
 from retention_jax.evaluation.rows import Row
-from retention_jax.evaluation.streams import Streams
+from retention_jax.evaluation.sequences import Sequences
 from retention_jax.parallel import distributed
 
-CacheOf = Callable[[str, int, int], CacheConfig]  # of a policy, a budget, and a length that "full" must hold
-
-
-Block = Streams | Answers  # one task at one length
+Block = Sequences | Answers  # one task at one length
 
 
 def dealt(units: Sequence[Unit], process: int, processes: int) -> list[Unit]:
@@ -32,7 +29,7 @@ def dealt(units: Sequence[Unit], process: int, processes: int) -> list[Unit]:
 def run(
     blocks: Sequence[Callable[[], Block]],
     cells: Callable[[int], list[tuple[str, int]]],
-    cache_of: CacheOf,
+    cache_of: Callable[[str, int, int], CacheConfig],
     *,
     header: Mapping[str, Any],
     fingerprint: Mapping[str, Any],
@@ -42,13 +39,13 @@ def run(
     """Computes what no journal in `output` has, and prints a table for each block as soon as it is known.
 
     Args:
-      blocks: each makes one of what is evaluated. Texts and prompts of one are in memory at a time.
-      cells: policies and budgets of a block, by its length.
-      cache_of: the buffer that a policy's name stands for.
-      header: stands once in `results.json`.
+      blocks: each makes one task at one length. Texts and prompts of one block are in memory at a time.
+      cells: takes a block's length; returns its policies and budgets.
+      cache_of: takes a policy's name, a budget and the length that the full cache must hold; returns the buffer.
+      header: what is true of the whole run, for `results.json`.
       fingerprint: what results depend on beside their unit.
       output: folder of all processes for journals, `results.json` and `quality_<task>.png`; None writes nothing.
-      alone: whether a process can compute a unit without the others; then units are dealt out to them.
+      alone: whether a process can compute a unit without the others. Then each process computes its share of them.
 
     Raises:
       ValueError: as `journal.read` and the blocks do, when processes do not share the folder, and when it holds results
@@ -60,16 +57,17 @@ def run(
         distributed.share_folder(output)
         done = journal.read(output, fingerprint)
         distributed.gather("")  # all have read before the first writes
-    # Process 0 says what is done, should a file have reached only some of them.
-    told = [list(done), [unit for unit, result in done.items() if "scores" in result]]
-    answered, finished = ({Unit(*unit) for unit in of} for of in json.loads(distributed.gather(json.dumps(told))[0]))
+    # Process 0 decides what is done, since a file may have reached only some of the processes.
+    mine = [list(done), [unit for unit, result in done.items() if "scores" in result]]
+    of_first = json.loads(distributed.gather(json.dumps(mine))[0])
+    answered, finished = ({Unit(*unit) for unit in units} for units in of_first)
     answered = set(done) if alone else answered
     scoring = alone or process == 0
     found: list[Row] = []
     with contextlib.ExitStack() as stack:
         book = Journal(output, process, fingerprint) if output is not None and scoring else None
         stack.callback(book.close if book else lambda: None)
-        width = len(cells(1))  # of the bar, for one block: how many units it has shows only when it is made
+        width = len(cells(1))  # a block's share of the progress bar; how many units it has is known when it is made
         bar = stack.enter_context(
             tqdm.tqdm(
                 total=width * len(blocks),
@@ -83,7 +81,7 @@ def run(
             wanted = [block.units(*cell) for cell in cells(block.length)]
             units = list(itertools.chain(*wanted))
             for unit in (unit for unit in units if unit in done):
-                if done[unit]["of"] != block.of(unit):
+                if done[unit]["digest"] != block.digest(unit):
                     raise ValueError(f"{output} holds results of other texts of {block.task!r}; give another --output")
             left = [unit for unit in units if unit not in finished]
             mine = dealt(left, process, processes) if alone else left
@@ -95,10 +93,10 @@ def run(
             for unit, result in itertools.chain(written, block.results(new, cache_of)):
                 bar.set_description(f"{unit.task}, {unit.length} tokens: {unit.policy} {unit.budget}")
                 if unit not in answered:
-                    result = {"of": block.of(unit), "made_by": rows.made_by(), **result}
+                    result = {"digest": block.digest(unit), "made_by": rows.made_by(), **result}
                     if book:
                         book.write(unit, result)
-                if isinstance(block, Answers) and scoring:  # when they are on disk: no judge that fails loses them
+                if isinstance(block, Answers) and scoring:  # scored once they are on disk: a judge may fail
                     result = {**result, "scores": block.scores(unit, result)}
                     if book:
                         book.write_scores(unit, result["scores"])

@@ -140,6 +140,12 @@ def enter_mesh_of(model: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
 
 
+def row_parts(model: Any) -> int:
+    """Into how many parts the mesh that a model is on cuts a batch: a batch must be a multiple of it."""
+    with enter_mesh_of(model):
+        return shards(*ROWS)
+
+
 def mapped_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
     """Those of `axes` that the function being traced is mapped over."""
     return tuple(axis for axis in axes if axis in jax.sharding.get_abstract_mesh().manual_axes)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from retention_jax.report import results
-from retention_jax.report.trace import Trace
+from retention_jax.report.traces import Trace
 
 COLOR_MAP = "cividis"  # reads the same with and without colour vision
 

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from retention_jax.evaluation.rows import in_bytes, number
 from retention_jax.report import charts, figures, results
 from retention_jax.report.results import Results
-from retention_jax.report.trace import NEVER, Trace, half_life
+from retention_jax.report.traces import NEVER, Trace, half_life
 
 FOREVER = 255  # as a half life's byte: the entry never decays
 _HERE = pathlib.Path(__file__).parent

@@ -9,8 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from retention_jax.evaluation.rows import Row
-from retention_jax.report import trace as trace_lib
-from retention_jax.report.trace import NEVER, Trace
+from retention_jax.report.traces import NEVER, Trace, load
 
 
 class Results(NamedTuple):
@@ -18,7 +17,7 @@ class Results(NamedTuple):
 
     run: dict[str, Any]  # header of results.json, {} without one
     rows: list[Row]
-    groups: list[list[Trace]]  # traces of one policy, budget, window and shape; each at least one
+    groups: list[list[Trace]]  # traces of one policy, budget, number of recent tokens and shape; each at least one
 
 
 def read(folder: pathlib.Path) -> Results:
@@ -32,14 +31,14 @@ def read(folder: pathlib.Path) -> Results:
         raise ValueError(f"{folder}: holds neither results.json nor *.trace.npz")
     run, rows = _read_rows(path) if path.is_file() else ({}, [])
     groups: dict[tuple, list[Trace]] = {}
-    for trace in map(trace_lib.load, traces):
+    for trace in map(load, traces):
         key = (trace.policy, trace.budget, trace.recent, trace.evicted.shape)
         groups.setdefault(key, []).append(trace)
     return Results(run, rows, list(groups.values()))
 
 
 def _read_rows(path: pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
-    """Header and rows; files from before there were headers are a list of rows."""
+    """Header and rows. Older files are a list of rows without a header, or have rows without `options`."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -47,6 +46,7 @@ def _read_rows(path: pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
     run, rows = (found.get("run", {}), found.get("rows")) if isinstance(found, dict) else ({}, found)
     if not isinstance(rows, list) or not isinstance(run, dict) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f'{path}: must be {{"run": {{...}}, "rows": [{{...}}, ...]}}')
+    rows = [{"options": {}} | row for row in rows]
     problems = []
     for i, row in enumerate(rows):
         for name, kind in Row.__annotations__.items():
@@ -64,6 +64,7 @@ _TYPES = {
     float: ("float", (int, float)),
     int | None: ("int or null", (int, type(None))),
     dict[str, float]: ("object", (dict,)),
+    dict[str, Any]: ("object", (dict,)),
     list[str]: ("list", (list,)),
 }
 

@@ -1,4 +1,4 @@
-"""The figure of `dilution.py`: attention off the useful tokens, accuracy, and the margin, against context length."""
+"""The figure of a dilution sweep: attention off the useful tokens, accuracy, and the margin, against context length."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ class Result(NamedTuple):
     dilution: Float[np.ndarray, "seeds L N"]  # mean over queries: attention off what tells of the fact asked for
     off_facts: Float[np.ndarray, "seeds L N"]  # mean over queries: attention off what tells of any fact
     # Medians over the queries of all seeds that see something useful and something else; nan where there are none.
-    margin: Float[np.ndarray, "L N"]  # of the useful tokens over the others, as `dilution.needed_margin` has it
+    margin: Float[np.ndarray, "L N"]  # of the useful tokens over the others, as `statements.needed_margin` has it
     crowd: Float[np.ndarray, "L N"]  # other tokens seen for each useful one
     queries: int  # of all seeds
 

@@ -1,4 +1,7 @@
-"""Scores of sequences that the model reads token by token, each token predicted from what was kept until then."""
+"""Scores of sequences that are read token by token: each next token is predicted from what was kept until then.
+
+The model reads the sequence's own tokens (teacher forcing); it writes nothing. `answers.py` scores what it writes.
+"""
 
 import concurrent.futures
 import hashlib
@@ -9,19 +12,21 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from retention_jax.cache import full_nbytes
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig
 from retention_jax.data import perplexity, pipeline, recall
-from retention_jax.evaluation import devices
+from retention_jax.evaluation import buffers, devices
+from retention_jax.evaluation.buffers import FULL
 from retention_jax.evaluation.journal import Result, Unit
 from retention_jax.evaluation.rows import Row, interval
 from retention_jax.generation import scoring
 from retention_jax.generation.scoring import Scores, StreamPrograms
 from retention_jax.models.decoder import Decoder
 from retention_jax.parallel import sharding
+from retention_jax.policies.table import POLICIES
 from retention_jax.text.tokenizer import Tokenizer
 
 TASKS = ("recall", "text", "perplexity")
@@ -37,21 +42,21 @@ def examples(
 ) -> tuple[Int[np.ndarray, "seeds n T"], Bool[np.ndarray, "seeds n T"]]:
     """Sequences of `length` tokens for each seed, and which of their tokens are scored.
 
-    recall: `config.examples` new streams a seed. text: rows of the held-out tail, shuffled by the first seed and dealt
-    out, so that no two seeds share a row; fewer than `config.examples` each where the tail is short. perplexity: the
-    same from the first rows of a text under a tokenizer, which it needs.
+    recall: `config.examples` new sequences for each seed. text: rows of the held-out tail, shuffled by the first seed
+    and dealt out, so that no two seeds share a row; fewer than `config.examples` for each where the tail is short.
+    perplexity: the same, from the first rows of a text. It needs a tokenizer.
 
     Raises:
       ValueError: when the text has fewer rows than there are seeds, and as `perplexity.rows` and `heldout_rows` do.
     """
     seeds = range(config.seed, config.seed + config.seeds)
     if task == "recall":
-        # Training streams end their seeds in a third word (data/builders.py): these are never among them.
-        streams = [
+        # Training documents have a third word in their seeds (data/builders.py), so none of these is among them.
+        made = [
             [recall.stream(np.random.default_rng((seed, i)), length, config.decoys) for i in range(config.examples)]
             for seed in seeds
         ]
-        tokens, label_mask = (np.array([[s[field] for s in group] for group in streams]) for field in (0, 1))
+        tokens, label_mask = (np.array([[s[field] for s in group] for group in made]) for field in (0, 1))
         return tokens, label_mask
     if task == "perplexity":
         if tokenizer is None:
@@ -84,22 +89,22 @@ def bits_per_byte(log_prob: Float[np.ndarray, "n T_less_1"], label_mask: Bool[np
 class Scorer(NamedTuple):
     """A compiled program for sequences of one shape."""
 
-    score: Callable[[Int[np.ndarray, "n T"]], tuple[Scores, int]]  # also tells the bytes held for one sequence
+    score: Callable[[Int[np.ndarray, "n T"]], tuple[Scores, int]]  # also returns the bytes held for one sequence
     peak_bytes: int | None  # as in `Row`
 
 
 _Compiled = tuple[StreamPrograms, list[jax.stages.Compiled]]
-CompileStream = Callable[[int, CacheConfig, int], _Compiled]  # of a batch, a buffer and a length
+Compile = Callable[[int, CacheConfig, int], _Compiled]  # takes batch size, buffer and length
 
 
-def remembering(model: Decoder) -> CompileStream:
-    """`scoring.compile_stream` of a model, which compiles once what it is asked for again.
+def compile_once(model: Decoder) -> Compile:
+    """`scoring.compile_stream` for one model. The same arguments are compiled once, and the programs kept.
 
-    The first programs are kept, not the latest: cells come in the same order at every length.
+    The first programs are kept, not the latest: policies and budgets come in the same order at every length.
     """
     kept: dict[tuple[int, CacheConfig, int], _Compiled] = {}
 
-    def compile_stream(batch: int, cache: CacheConfig, length: int) -> _Compiled:
+    def compile_programs(batch: int, cache: CacheConfig, length: int) -> _Compiled:
         key = batch, cache, length
         if key in kept:
             return kept[key]
@@ -108,27 +113,27 @@ def remembering(model: Decoder) -> CompileStream:
             kept[key] = made
         return made
 
-    return compile_stream
+    return compile_programs
 
 
 def compile_scorer(
-    model: Decoder, tokens: Int[np.ndarray, "n T"], cache: CacheConfig | None, compile_stream: CompileStream
+    model: Decoder, tokens: Int[np.ndarray, "n T"], cache: CacheConfig | None, compile_programs: Compile
 ) -> Scorer:
-    """What scores such sequences. No cache: the full one.
+    """Compiles what scores sequences of this shape. Without a `cache` nothing is evicted.
 
-    The last sequence is repeated where the mesh that the model is on needs more of them.
+    Where the mesh of the model needs more sequences than there are, the last one is repeated.
     """
     n, T = tokens.shape
-    batch = n + -n % devices.row_parts(model)
+    batch = n + -n % sharding.row_parts(model)
     filled = lambda rows: np.concatenate([rows, np.repeat(rows[-1:], batch - n, axis=0)])
     if cache is None:
         with sharding.enter_mesh_of(model):
             full = scoring.score_full.lower(model, filled(tokens)).compile()
-        asked = lambda scores: jax.tree.map(lambda a: sharding.on_host(a)[:n], scores)
-        read_whole = lambda rows: (asked(full(model, filled(rows))), full_kv_bytes(model, T))
+        unfilled = lambda scores: jax.tree.map(lambda a: sharding.on_host(a)[:n], scores)
+        read_whole = lambda rows: (unfilled(full(model, filled(rows))), full_nbytes(model.config, T))
         return Scorer(read_whole, devices.program_bytes(full.memory_analysis()))
-    # Only the oracle's programs are of one length.
-    programs, compiled = compile_stream(batch, cache, T if cache.policy == "oracle" else cache.recent)
+    # A policy that must know the future has programs for one length only; all others read any length.
+    programs, compiled = compile_programs(batch, cache, T if POLICIES[cache.policy].needs_future else cache.recent)
 
     def score(rows: Int[np.ndarray, "n T"]) -> tuple[Scores, int]:
         with sharding.enter_mesh_of(model):
@@ -139,13 +144,7 @@ def compile_scorer(
     return Scorer(score, devices.most(devices.program_bytes(program.memory_analysis()) for program in compiled))
 
 
-def full_kv_bytes(model: Decoder, length: int) -> int:
-    """Bytes of the keys and values of one sequence in all layers and heads."""
-    cfg = model.config
-    return cfg.num_layers * cfg.num_kv_heads * length * 2 * cfg.head_size * jnp.dtype(cfg.dtype).itemsize
-
-
-class Streams:
+class Sequences:
     """One task at one length, ready to be scored."""
 
     def __init__(
@@ -156,10 +155,10 @@ class Streams:
         task: str,
         length: int,
         tokenizer: Tokenizer | None,
-        compile_stream: CompileStream,
+        compile_programs: Compile,
     ) -> None:
         """Raises ValueError as `examples` does, and when the model's vocabulary is too small."""
-        self.compile_stream = compile_stream
+        self.compile_programs = compile_programs
         self.task, self.length, self.config, self.model = task, length, config, model
         self.tokens, self.label_mask = examples(task, config, data, length, tokenizer)
         if self.tokens.max() >= model.config.vocab_size:
@@ -172,28 +171,28 @@ class Streams:
         first = self.config.seed
         return [Unit(self.task, self.length, policy, budget, first + i, 0) for i in range(self.config.seeds)]
 
-    def of(self, unit: Unit) -> str:
-        """A short name of the sequences that a unit's results are of."""
+    def digest(self, unit: Unit) -> str:
+        """A short name of the unit's sequences."""
         return hashlib.sha256(self.tokens[unit.seed - self.config.seed].tobytes()).hexdigest()[:16]
 
     def results(
         self, units: Sequence[Unit], cache_of: Callable[[str, int, int], CacheConfig]
     ) -> Iterator[tuple[Unit, Result]]:
-        """Scores the units, cell by cell (policy and budget), each unit when it is asked for."""
+        """Scores the units, one policy and budget after the other. A unit is scored when the iterator reaches it."""
         cells: dict[tuple[str, int], list[Unit]] = {}
         for unit in units:
             cells.setdefault((unit.policy, unit.budget), []).append(unit)
 
         def compiled(cell: tuple[str, int]) -> Scorer:
-            cache = None if cell[0] == "full" else cache_of(*cell, self.length)
-            return compile_scorer(self.model, self.tokens[0], cache, self.compile_stream)
+            cache = None if cell[0] == FULL else cache_of(*cell, self.length)
+            return compile_scorer(self.model, self.tokens[0], cache, self.compile_programs)
 
-        # Compiling takes longer than running for a small model, and uses one core: as many cells as there are cores
-        # compile at once, and then run by themselves, so that their speed is their own.
+        # A small model compiles longer than it runs, and compiling uses one core. So one cell for each core compiles at
+        # the same time. Then the cells run one after the other, so that none slows another down.
         cores = os.cpu_count() or 1
         with concurrent.futures.ThreadPoolExecutor(cores) as pool:
             for first in range(0, len(cells), cores):
-                jax.clear_caches()  # of what was compiled on the way
+                jax.clear_caches()  # frees what was compiled besides
                 group = list(cells)[first : first + cores]
                 for cell, scorer in zip(group, list(pool.map(compiled, group)), strict=True):
                     for unit in cells[cell]:
@@ -223,14 +222,17 @@ class Streams:
                 return perplexity.perplexity(log_prob)
 
     def _interval(self, scores: list[float]) -> tuple[float, float, float]:
-        """Of seeds with equally many tokens. Perplexity's is of its log, so that its mean is that of all tokens."""
+        """Mean and 95 % interval over seeds, which have equally many tokens.
+
+        For perplexity both are taken of its log, so that the mean is the perplexity of all tokens together.
+        """
         if _METRICS[self.task] != "perplexity":
             return interval(scores)
         mean, low, high = map(math.exp, interval([math.log(score) for score in scores]))
         return mean, low, high
 
     def row(self, results: dict[Unit, Result]) -> Row:
-        """The row of one policy and budget, whose units' results are given."""
+        """The row of one policy and budget, from the results of its units."""
         unit, seconds = next(iter(results)), sum(r["seconds"] for r in results.values())
         score, low, high = self._interval([r["scores"][0] for r in results.values()])
         return Row(
@@ -246,11 +248,12 @@ class Streams:
             seeds=len(results),
             samples=1,
             kv_bytes=max(r["kv_bytes"] for r in results.values()),
-            full_kv_bytes=full_kv_bytes(self.model, self.length),
+            full_kv_bytes=full_nbytes(self.model.config, self.length),
             seconds=seconds,
             tokens_per_second=self.tokens.size / seconds,
             peak_bytes=devices.most(r["peak_bytes"] for r in results.values()),
             groups={},
             cut=0,
+            options=buffers.options(self.config, unit.policy),
             made_by=sorted({r["made_by"] for r in results.values()}),
         )
