@@ -174,9 +174,7 @@ def setup_of(values: flags.FlagValues) -> Setup:
     config = conversion.from_config_dict(TrainConfig, values.config)
     model = config.model if config.model and not values.model else None
     model = model or model_shapes.of(values.model or config.backbone, config.dtype)
-    mesh = config.mesh
-    if values.mesh:
-        mesh = MeshConfig.parse(values.mesh)
+    mesh = MeshConfig.parse(values.mesh) if values.mesh else config.mesh
     devices = len(chips.devices_of(values.topology))
     kept = CacheConfig(budget=values.budget, recent=values.recent, prefill_chunk=values.prefill_chunk)
     setup = Setup(values.program, config, model, mesh.over(devices), kept)

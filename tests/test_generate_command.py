@@ -368,7 +368,7 @@ def test_totals_sum_over_batches_and_keep_the_largest_buffer():
         (["--prompt=a", "--mesh=tensor:2,tensor:4"], "at most once; got 'tensor:2,tensor:4'"),
         (["--prompt=a", "--mesh=data:8"], "read one text at a time: mesh data and fsdp must be 1, got 8"),
         (["--prompts=a", "--output=b", "--mesh=data:8", "--batch_size=4"], "--batch_size must be a multiple of .* = 8"),
-        (["--prompt=a", "--policy=best"], "flags.policy must be"),
+        (["--prompt=a", "--policy=best"], "policy must be one of retention, .*the nearest is"),
         (["--prompt=a", "--budget=0"], "budget must be at least 1"),
         (["--prompt=a", "--template_kwargs=[1]"], "must be a JSON object, got \\[1\\]"),
         (["--prompt=a", "--template_kwargs={"], "--template_kwargs is not valid JSON"),

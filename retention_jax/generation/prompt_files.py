@@ -10,15 +10,12 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 import tqdm
-from jax.experimental import multihost_utils
 
 from retention_jax.generation import conversation
 from retention_jax.generation.conversation import Totals, Writer
 from retention_jax.generation.decoding import generate
-from retention_jax.parallel import distributed, sharding
+from retention_jax.parallel import sharding
 from retention_jax.runtime import files
 
 # index: of the row, from 0. stopped: whether the reply ended itself. run: `conversation.run_id` of the settings.
@@ -78,8 +75,8 @@ def write_results(writer: Writer, prompts: list[Prompt], path: pathlib.Path, bat
     """Continues every prompt that has no result yet, in batches of similar length, the longest first.
 
     What is drawn for a row depends on the seed and on the row's index, not on its place in a batch. Logits can differ
-    by rounding with the padded width of the batch, and in bfloat16 that can change a token. All processes work on every
-    batch. Only process 0 writes: whole lines, after each batch.
+    by rounding with the padded width of the batch, and in bfloat16 that can change a token. Whole lines
+    are written after each batch.
 
     Raises:
       ValueError: when `path` holds results of other prompts or settings, when another process writes it, or when
@@ -87,16 +84,11 @@ def write_results(writer: Writer, prompts: list[Prompt], path: pathlib.Path, bat
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    first_process, totals = jax.process_index() == 0, Totals()
+    totals = Totals()
     with contextlib.ExitStack() as held:
-        open_results = lambda: _open_results(held, prompts, path, run) if first_process else []
-        finished = np.zeros(len(prompts), bool)
-        finished[distributed.together(open_results)] = True
-        finished = multihost_utils.broadcast_one_to_all(finished)
-        todo = sorted((p for p in prompts if not finished[p.index]), key=lambda p: -len(p.tokens))
-        progress = tqdm.tqdm(
-            total=len(prompts), initial=len(prompts) - len(todo), unit="prompt", disable=None if first_process else True
-        )
+        finished = set(_open_results(held, prompts, path, run))
+        todo = sorted((p for p in prompts if p.index not in finished), key=lambda p: -len(p.tokens))
+        progress = tqdm.tqdm(total=len(prompts), initial=len(finished), unit="prompt", disable=None)
         held.enter_context(progress)
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
@@ -118,9 +110,8 @@ def write_results(writer: Writer, prompts: list[Prompt], path: pathlib.Path, bat
                 "new_tokens": float(sum(map(len, new_tokens))),
             }
             totals = totals.add(out.stats | counts)
-            if first_process:
-                results = [_result(writer, p, new, run) for p, new in zip(batch, new_tokens, strict=True)]
-                files.append_json_line(path, *results)
+            results = [_result(writer, p, new, run) for p, new in zip(batch, new_tokens, strict=True)]
+            files.append_json_line(path, *results)
             progress.update(len(batch))
     return totals
 
