@@ -6,6 +6,7 @@ import re
 import typing
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -206,6 +207,15 @@ def test_wrong_types_are_all_listed():
         assert sum(part in line for line in lines) == 1, part
 
 
+@pytest.fixture
+def unchecked():
+    """Without the type checks that tests have and users do not."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
 CHOICES = [
     (config, field.name, value)
     for config in VALID
@@ -216,7 +226,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("config, name, value", CHOICES, ids=lambda value: value if isinstance(value, str) else "")
-def test_python_callers_are_told_the_nearest_choice(config, name, value):
+def test_python_callers_are_told_the_nearest_choice(unchecked, config, name, value):
     """As flags are, and by the dataclass itself: not by a trace far behind it."""
     with pytest.raises(ValueError) as error:
         dataclasses.replace(config, **{name: value[:-1]})
@@ -238,12 +248,12 @@ def test_python_callers_are_told_the_nearest_choice(config, name, value):
         (lambda: OptimizerConfig(b1="x", b2=None), "b1 must be a number, got 'x'; b2 must be a number, got None"),  # type: ignore[arg-type]
     ),
 )
-def test_python_callers_are_told_of_wrong_types(make, message):
+def test_python_callers_are_told_of_wrong_types(unchecked, make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
 
 
-def test_numbers_of_numpy_and_lists_are_taken_as_their_types():
+def test_numbers_of_numpy_and_lists_are_taken_as_their_types(unchecked):
     cache = CacheConfig(budget=np.int64(4), threshold=np.float32(0.5))  # type: ignore[arg-type]
     assert type(cache.budget) is int and type(cache.threshold) is float and cache == CacheConfig(4, threshold=0.5)
     assert EvalConfig(budgets=[4, 5]).budgets == (4, 5)  # type: ignore[arg-type]

@@ -81,7 +81,10 @@ def parse(values: flags.FlagValues, arguments: list[str]) -> list[str]:
         file is a program, which may raise anything, and ml_collections passes most of that on.
     """
     try:
-        return values(arguments)
+        rest = values(arguments)
+        if "config" in values and values.config is not None:
+            values.config.to_dict()  # ml_collections raises for a file that is not there only where it is used
+        return rest
     except (KeyError, AttributeError) as error:
         name = re.sub(r"\W*(\w*).*", r"\1", str(error), flags=re.DOTALL)
         asked = [text.partition("=")[0] for text in arguments if name in re.split(r"[-.=]+", text)]
