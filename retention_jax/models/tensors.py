@@ -135,7 +135,9 @@ def equal(first: Header, second: Header) -> bool:
         blocks = []
         for header in (first, second):
             with _opened(header.file) as tensors:
-                blocks.append(tensors.get_slice(header.name)[start : start + rows].astype(np.float32))
+                blocks.append(
+                    tensors.get_slice(header.name)[start : min(start + rows, first.shape[0])].astype(np.float32)
+                )
         if not np.array_equal(*blocks):
             return False
     return True
@@ -274,7 +276,7 @@ def fill(
     """Puts named tensors into the model's variables of one kind, in place, in those variables' dtypes.
 
     Raises:
-      ValueError: names missing, extra and misshapen tensors, ten of each kind and a count of the others, and copies of
+      ValueError: names missing, extra and misshapen tensors, ten of each kind and a count of the rest, and copies of a
         a shared one that differ.
     """
     variables = _flat(model, kind)
