@@ -11,6 +11,7 @@ function of the package.
 
 import dataclasses
 import functools
+import io
 import json
 import pathlib
 import sys
@@ -150,12 +151,15 @@ def _template_kwargs(values: flags.FlagValues) -> dict[str, object]:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal of ASCII gets a ? for what it cannot show
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
 
 
 def _typed_lines() -> Iterator[str]:
     """Lines of standard input; with editing and history where it is a terminal."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 are refused with their line
+        sys.stdin.reconfigure(errors="surrogateescape")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield from sys.stdin
         return

@@ -303,6 +303,36 @@ def test_a_folder_without_a_template(tmp_path):
         chat.render(tok, [USER], add_generation_prompt=True)
 
 
+def test_a_turns_end_that_stops_nothing_is_told(tmp_path):
+    tok = make_tokenizer(tmp_path)
+    assert chat.reply_warnings(tok, templated=True) == []
+    other = tok._replace(stop_tokens=(2,))
+    [warning] = chat.reply_warnings(other, templated=True)
+    assert "'<|end|>'" in warning and "'<|bos|>'" in warning
+    assert chat.reply_warnings(other, templated=False) == []
+
+
+def test_settings_that_are_not_implemented_are_told(tmp_path):
+    tok = make_tokenizer(tmp_path)
+    tok = tok._replace(generation={"repetition_penalty": 1.05, "num_beams": 1, "top_p": 0.8, "stop_strings": None})
+    [warning] = chat.reply_warnings(tok, templated=False)
+    assert "repetition_penalty=1.05" in warning
+
+
+def test_tools_need_a_template_that_writes_them(tmp_path):
+    tok = make_tokenizer(tmp_path)
+    messages = [{"role": "user", "content": "x"}]
+    render = lambda tok: chat.render(tok, messages, add_generation_prompt=True, tools=[{"name": "f"}])
+    with pytest.raises(ValueError, match="tools are given, but the chat template does not write any"):
+        render(tok)
+    assert render(tok._replace(chat_templates={"default": "{{ tools[0].name }}"})) == "f"
+    for value, want in (('[{"a": 1}]', [{"a": 1}]), ([], None), ("", None), (None, None)):
+        assert chat.tools_of(value) == want
+    for value in ("{", "3", [1], {"a": 1}):
+        with pytest.raises(ValueError, match="tools"):
+            chat.tools_of(value)
+
+
 def test_where_templates_come_from(tmp_path):
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     tok = make_tokenizer(tmp_path, chat_template=named)

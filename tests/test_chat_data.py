@@ -226,6 +226,47 @@ def test_a_prompt_that_fills_the_row_leaves_nothing_to_learn(folder, tmp_path):
         pipeline.prepare(config, 0)
 
 
+def test_all_rows_that_a_template_refuses_are_told_before_any_is_made(folder, tmp_path, monkeypatch):
+    rows = [{"messages": ASKED}] * 3 + [{"messages": ASKED[1:] + ASKED}] * 12
+    write_rows(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "strict.jinja").write_text(
+        "{% if messages and messages[0].role == 'assistant' %}{{ raise_exception('begins with the assistant') }}"
+        "{% endif %}{% for m in messages %}{{ m.role + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    config = config_of(
+        folder,
+        str(tmp_path / "rows.jsonl"),
+        cache_dir=str(tmp_path / "c"),
+        chat_template=str(tmp_path / "strict.jinja"),
+    )
+    monkeypatch.setattr(builders, "_example", None)  # no document is made
+    with pytest.raises(ValueError) as error:
+        pipeline.prepare(config, 0)
+    lines = str(error.value).splitlines()
+    assert (
+        len(lines) == 11 and lines[-1] == "and 2 more" and lines[0].startswith(f"{tmp_path / 'rows.jsonl'}, line 4: ")
+    )
+
+
+def test_columns_of_system_and_tools_are_read(tmp_path):
+    rows = [{"question": "a", "answer": "b", "system": "s", "tools": [{"name": "f", "x": None}]}]
+    for ending in ("jsonl", "parquet"):
+        [sample] = conversations.read([write_rows(tmp_path / f"rows.{ending}", rows)])
+        assert sample.content[0] == {"role": "system", "content": "s"} and sample.tools == [{"name": "f"}]
+    write_rows(tmp_path / "two.jsonl", [{"messages": [{"role": "system", "content": "t"}, *ASKED], "system": "s"}])
+    with pytest.raises(ValueError, match="two.jsonl, line 1: has two system messages, 't' and 's'"):
+        list(conversations.read([tmp_path / "two.jsonl"]))
+
+
+def test_half_a_surrogate_pair_is_told_with_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "ok \\ud83d\\ude00"}\n{"text": "bad \\ud83d"}\n')
+    for read in (lambda: list(conversations.read([path])), lambda: sources.objects(str(path))):
+        with pytest.raises(ValueError, match="rows.jsonl, line 2: cannot be read as text"):
+            read()
+
+
 def test_refusals_leave_no_files(folder, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "t"}\n{"text"\n')
     (tmp_path / "raises.jinja").write_text("{{ raise_exception('no such role') }}")

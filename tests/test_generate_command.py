@@ -82,7 +82,8 @@ def seen(conversation):
 
 
 def shown(writer, tokens):
-    return writer.tokenizer.stream()(tokens)
+    more = writer.tokenizer.stream()
+    return more(tokens) + more([], end=True)
 
 
 def write_lines(path, rows):
@@ -290,7 +291,7 @@ def test_interrupting_a_reply_ends_it_and_no_more(writer):
     tokens = conversation.prompt_tokens(writer, "two?")
     many = writer._replace(max_new_tokens=60)
     out = conversation.reply(many, tokens, write, seed=0)
-    assert len(written) == 2 and len(out.tokens) == 1 + decoding._STREAMED
+    assert len(written) <= 3 and len(out.tokens) == 1 + decoding._STREAMED
     assert int(np.asarray(out.buffer.seen)[0]) == len(tokens) + len(out.tokens) - 1
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -334,6 +335,42 @@ def test_defaults_come_from_generation_config():
     }
     assert settings({**file, "do_sample": False}, {}) == settings({}, {}) == {**neutral, "temperature": 0.0}
     assert settings({"do_sample": True, "top_p": None}, {}) == neutral
+
+
+def test_a_cut_that_was_given_asks_for_drawing():
+    settings = conversation.drawing_settings
+    for name, value in (("top_p", 0.9), ("top_k", 5), ("min_p", 0.1)):
+        found = settings({}, {name: value})
+        assert found["temperature"] == 1.0 and found[name] == value
+    assert settings({"temperature": 0.6}, {"top_p": 0.9})["temperature"] == 0.6
+    assert settings({}, {"top_p": 0.9, "temperature": 0.0})["temperature"] == 0.0
+    assert settings({}, {"top_p": 1.0, "top_k": 0})["temperature"] == 0.0
+
+
+def test_a_line_that_cannot_be_read_does_not_end_a_chat(writer, capsys):
+    written = []
+    totals = conversation.converse(writer, ["bad \udcff line\n", "two?\n"], written.append)
+    assert "half a surrogate pair" in capsys.readouterr().err
+    assert totals.new_tokens == len(greedy(writer, conversation.prompt_tokens(writer, "two?")))
+
+
+def test_long_prompts_are_told_by_name(writer, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        conversation.warn_of_length(writer, "in.jsonl", [writer.model.config.context])
+        assert not caplog.text
+        conversation.warn_of_length(writer, "in.jsonl", [3, writer.model.config.context + 1])
+    assert "in.jsonl: 1 of 2 prompts are longer" in caplog.text
+
+
+def test_rows_may_have_a_system_message_and_tools(writer, tmp_path):
+    path, row = tmp_path / "in.jsonl", {"prompt": "two?", "system": "the fox"}
+    write_lines(path, [row])
+    [prompt] = prompt_files.read_prompts(writer, path)
+    messages = [{"role": "system", "content": "the fox"}, {"role": "user", "content": "two?"}]
+    assert prompt.tokens == conversation.prompt_tokens(writer, messages)
+    write_lines(path, [row | {"tools": [{"name": "f"}]}, row | {"system": 3}])
+    with pytest.raises(ValueError, match="(?s)line 1: .*tools are given.*line 2: system must be a text"):
+        prompt_files.read_prompts(writer, path)
 
 
 def test_the_name_of_a_run_tells_settings_apart(writer):

@@ -54,6 +54,20 @@ RIGHT = [
     ("She makes $18 every day.", "18"),
     ("The answer is **18**.", "18"),
     ("Thus \\[\n x = 5\n\\]", "5"),
+    ("#### 18.", "18"),
+    ("#### 18 dollars", "18"),
+    ("#### **18**", "18"),
+    ("#### Answer: 18", "18"),
+    (r"\boxed{18.}", "18"),
+    (r"\boxed{\text{18 apples}}", "18"),
+    (r"\boxed{18~\text{apples}}", "18"),
+    (r"\boxed{18 km/h}", "18"),
+    (r"\boxed{18 miles per hour.}", "18"),
+    (r"\boxed{18 million dollars}", "18000000"),
+    (r"\boxed{18}. (It stands in \boxed{} as asked.)", "18"),
+    (r"\boxed{1\,000}", "1000"),
+    ("#### Step 1\nShe sells 9.\n#### 2. Add 4 eggs\n#### Conclusion\nShe has 18 eggs.", "18"),
+    (r"\boxed{1/2006!}", r"\frac{1}{2006!}"),
 ]
 WRONG = [
     (r"\boxed{0.33}", "1/3"),
@@ -70,6 +84,11 @@ WRONG = [
     (r"\boxed{100}", "1,000"),
     (r"\boxed{(1,2,3)}", "(3,2,1)"),
     ("The answer is 18", "81"),
+    (r"\boxed{1/2004!}", "1/2006!"),
+    (r"\boxed{10^{-8}}", "10^{-9}"),
+    (r"\boxed{18 million}", "18"),
+    (r"\boxed{3 x}", "3"),
+    (r"\boxed{18 or 19}", "18"),
 ]
 
 

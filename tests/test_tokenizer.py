@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import random
 
 import pytest
 import tokenizers
@@ -53,7 +54,16 @@ def test_tokens_of_the_config_go_behind_the_vocabulary(tmp_path):
     assert tok.special_tokens["pad_token"] == "<|pad|>"
 
 
-@pytest.mark.parametrize("given, want", ((None, ["<|end|>"]), (2, ["<|bos|>"]), ([1, 0], ["<|end|>", "<|start|>"])))
+@pytest.mark.parametrize(
+    "given, want",
+    (
+        (None, ["<|end|>"]),
+        (2, ["<|bos|>", "<|end|>"]),
+        ([1, 0], ["<|end|>", "<|start|>"]),
+        ([], ["<|end|>"]),
+        ("<|bos|>", ["<|bos|>", "<|end|>"]),
+    ),
+)
 def test_stop_tokens(tmp_path, given, want):
     save_tokenizer(tmp_path)
     if given is not None:
@@ -94,9 +104,59 @@ def test_streamed_text_is_whole_characters(tmp_path):
     pieces = streamed(fallback, ids)
     assert "".join(pieces) == fallback.decode(ids) == "the é😀日 the"
     assert not any("\ufffd" in piece for piece in pieces)
-    # A character cut off by the end is not shown.
-    cut = tok.encode("ok 😀", bos=False)[:-1]
-    assert "\ufffd" in tok.decode(cut) and tok.stream()(cut).strip() == "ok"
+    # A character cut off by the end is shown only when nothing else can come.
+    cut, more = tok.encode("ok 😀", bos=False)[:-1], tok.stream()
+    assert "\ufffd" in tok.decode(cut) and more(cut).strip() == "ok"
+    assert "ok " + more([], end=True).removeprefix(" ") == tok.decode(cut)
+
+
+BYTE_FALLBACK = pathlib.Path(__file__).parent / "byte_fallback_tokenizer"
+
+
+def test_stray_bytes_do_not_end_a_stream():
+    tok = tokenizer.load(BYTE_FALLBACK)
+    token = tok.backend.token_to_id
+    more = tok.stream()
+    pieces = [more([token(name)]) for name in ("<0x0A>", "<0xF0>", "a")]
+    ids = [token(name) for name in ("<0x0A>", "<0xF0>", "a")]
+    assert "".join(pieces) == tok.decode(ids) and pieces[-1].endswith("\ufffda")
+
+
+@pytest.mark.parametrize("name", ("byte fallback", "byte level"))
+def test_what_is_streamed_is_what_is_decoded_at_once(tmp_path, name):
+    save_tokenizer(tmp_path)
+    tok = tokenizer.load(BYTE_FALLBACK if name == "byte fallback" else tmp_path)
+    rng = random.Random(0)
+    for _ in range(200):
+        ids = [rng.randrange(tok.vocab_size + 3) for _ in range(rng.randrange(1, 30))]
+        more = tok.stream()
+        assert "".join(more([i]) for i in ids) + more([], end=True) == tok.decode(ids)
+
+
+def test_text_that_goes_on_is_tokenised_as_in_the_whole():
+    tok = tokenizer.load(BYTE_FALLBACK)
+    first, more = "<s>[INST] the [/INST] two", " </s><s>[INST] and? [/INST]"
+    whole = tok.encode(first + more, bos=False)
+    assert tok.encode(first, bos=False) + tok.encode_more(more) == whole
+    assert tok.encode(first, bos=False) + tok.encode(more, bos=False) != whole
+
+
+def test_half_a_surrogate_pair_is_named():
+    tok = tokenizer.load(BYTE_FALLBACK)
+    for text in ("bad \ud83d half", "bad \udcff bytes"):
+        for encode in (tok.encode_more, lambda t: tok.encode(t, bos=True)):
+            with pytest.raises(ValueError, match=r"character \d is '.u(d83d|dcff)', half a surrogate pair"):
+                encode(text)
+
+
+def test_stop_tokens_are_those_of_all_files(tmp_path):
+    save_tokenizer(tmp_path)  # its own is <|end|>
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0]}')
+    assert sorted(tokenizer.load(tmp_path).stop_tokens) == [0, 1, 2]
+    (tmp_path / "config.json").write_text('{"eos_token_id": [true, 9999, "<|none|>"]}')
+    with pytest.raises(ValueError, match="(?s)config.json: eos_token_id True.*9999 is no token.*'<|none|>'"):
+        tokenizer.load(tmp_path)
 
 
 def test_special_tokens_are_not_streamed(tmp_path):

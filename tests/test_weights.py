@@ -152,6 +152,39 @@ def test_a_tied_head_may_be_written_out(tmp_path):
     assert_same(weights.load_backbone(tmp_path, GATES[0], "float32", seed=0), model, nnx.Param)
 
 
+def test_a_stored_head_that_differs_from_its_embedding_is_kept(tmp_path, caplog):
+    model = tiny_model(GATES[0], tie_embeddings=True)
+    weights.save_backbone(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    head = load_file(file)["model.embed_tokens.weight"] + 1
+    save_file(load_file(file) | {"lm_head.weight": head}, file)
+    with caplog.at_level("WARNING", logger="absl"):
+        loaded = weights.load_backbone(tmp_path, GATES[0], "float32", seed=0)
+    assert "lm_head.weight differs" in caplog.text and not loaded.config.tie_embeddings
+    np.testing.assert_array_equal(loaded.lm_head[...], head)
+
+
+def test_a_wrong_prefix_is_told_in_few_words(folders):
+    file = folders[0] / "model.safetensors"
+    save_file({f"language_model.{name}": value for name, value in load_file(file).items()}, file)
+    with pytest.raises(
+        ValueError, match="(?s)missing model.*and [0-9]+ more.*unexpected language_model.*more"
+    ) as error:
+        weights.load(*folders, dtype="float32")
+    assert len(str(error.value)) < 2500
+
+
+def test_messages_have_the_names_of_config_json(folders):
+    path = folders[0] / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"rms_norm_eps": "small"}))
+    with pytest.raises(ValueError, match=r"config.json: rms_norm_eps must be float, got 'small'"):
+        weights.load(folders[0])
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="dtype must be one of 'float32'.*got 'float16'"):
+        weights.load(folders[0], dtype="float16")
+
+
 @pytest.mark.parametrize("which, share", list(itertools.product((0, 1), (0.0, 0.001, 0.5, 0.999))))
 def test_a_truncated_file_is_refused(folders, which, share):
     file = folders[which] / ("model.safetensors", "gates.safetensors")[which]

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from retention_jax.config import DataConfig
 from retention_jax.data import conversations, recall, sources
 from retention_jax.data.conversations import Sample
 from retention_jax.runtime import hub
+from retention_jax.runtime.files import first_problems
 from retention_jax.text import chat, tokenizer
 from retention_jax.text.tokenizer import Tokenizer
 
@@ -113,15 +114,15 @@ class Chat(tfds.core.GeneratorBasedBuilder):
     `config.min_length` or with no label left. Split `train`.
     """
 
-    VERSION = tfds.core.Version("1.0.0")  # part of the dataset's name: to be raised with whatever changes the tokens
+    VERSION = tfds.core.Version("1.1.0")  # part of the dataset's name: to be raised with whatever changes the tokens
     builder_config: ChatConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
         return _info(self, self.builder_config.tokenizer.vocab_size)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
-        for _ in conversations.read(self.builder_config.paths):
-            pass  # a mistake in the last line must not show after hours
+        # A mistake in the last line must not show after hours.
+        check_rows(self.builder_config.tokenizer, self.builder_config.paths)
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Examples:
@@ -147,6 +148,29 @@ class Chat(tfds.core.GeneratorBasedBuilder):
         metadata(self).update(vocab_size=largest + 1, documents=kept, left_out=lost)
 
 
+def check_rows(tokenizer: Tokenizer, paths: Sequence[pathlib.Path]) -> None:
+    """Reads all rows, and encodes one conversation of each shape: what a template refuses, it mostly refuses by roles.
+
+    Raises:
+      ValueError: as `conversations.read` does, and with the rows of refused shapes: the first ten, and how many more.
+    """
+    refused: dict[Any, bool] = {}
+    problems = []
+    for sample in conversations.read(paths):
+        if isinstance(sample.content, str):
+            continue
+        shape = bool(sample.tools), *((m["role"], *sorted(m)) for m in sample.content)
+        if refused.get(shape, True):  # a new shape, or one that was refused before
+            try:
+                encode(tokenizer, sample)
+                refused.setdefault(shape, False)
+            except ValueError as error:
+                refused[shape] = True
+                problems.append(str(error))
+    if problems:
+        raise ValueError(first_problems(problems))
+
+
 def encode(tokenizer: Tokenizer, sample: Sample) -> tuple[Int32[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
     """Tokens and labels of a row, none for an empty one. Raises ValueError, naming it, where the template fails."""
     if isinstance(sample.content, str):
@@ -155,7 +179,7 @@ def encode(tokenizer: Tokenizer, sample: Sample) -> tuple[Int32[np.ndarray, " T"
     if not sample.content:
         return np.zeros(0, np.int32), np.zeros(0, bool)
     try:
-        tokens, label_mask = chat.encode_chat(tokenizer, sample.content)
+        tokens, label_mask = chat.encode_chat(tokenizer, sample.content, tools=sample.tools)
     except ValueError as error:
         raise ValueError(f"{sample.where}: {error}") from error
     return tokens, label_mask & (np.arange(len(tokens)) > 0)

@@ -1,6 +1,7 @@
 """Rows of data files as conversations, or as plain text.
 
-What a file holds is recognised from its columns, `LAYOUTS`. Other columns are not read.
+What a file holds is recognised from its columns, `LAYOUTS`. Beside those of a conversation, the columns `system`, a
+text, and `tools`, JSON schemas of functions, are read. Other columns are not.
 """
 
 import pathlib
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from retention_jax.data import sources
+from retention_jax.text import chat
 from retention_jax.text.chat import Message
 
 _MOST_PROBLEMS = 10  # told at once
@@ -22,6 +24,7 @@ class Sample(NamedTuple):
 
     where: str  # "FILE, line 7", for messages
     content: list[Message] | str  # a conversation, or text
+    tools: list[dict[str, Any]] | None = None  # that the assistant is told of
 
 
 class Layout(NamedTuple):
@@ -43,7 +46,11 @@ def read(paths: Sequence[pathlib.Path]) -> Iterator[Sample]:
             rows += 1
             try:
                 layout = layout or _layout(row)
-                content = _content(layout, row)
+                content, tools = _content(layout, row), None
+                if isinstance(content, list) and content:
+                    tools = chat.tools_of(_without_nones(row.get("tools")))
+                    system = _text(row.get("system"))
+                    content = chat.with_system(content, system) if system else content
             except ValueError as error:
                 problems.append(f"{path}, {place}: {error}")
                 if layout is None and not isinstance(row, ValueError):
@@ -52,7 +59,7 @@ def read(paths: Sequence[pathlib.Path]) -> Iterator[Sample]:
                     raise ValueError("\n".join([*problems, "and perhaps more"])) from None
                 continue
             if not problems:
-                yield Sample(f"{path}, {place}", content)
+                yield Sample(f"{path}, {place}", content, tools)
         if not rows:
             problems.append(f"{path}: has no rows")
     if problems:
@@ -158,7 +165,16 @@ LAYOUTS = (
 def _needed(columns: Sequence[str]) -> list[str] | None:
     """The columns to read out of a file that has these; all of them where they fit no layout."""
     layout = _fitting(columns)
-    return None if layout is None else list(layout.columns)
+    if layout is None:
+        return None
+    return [*layout.columns, *(name for name in ("system", "tools") if name in columns)]
+
+
+def _without_nones(value: Any) -> Any:
+    """Parquet gives every object the fields of all."""
+    if isinstance(value, dict):
+        return {name: _without_nones(item) for name, item in value.items() if item is not None}
+    return [_without_nones(item) for item in value] if isinstance(value, list) else value
 
 
 def _fitting(columns: Iterable[str]) -> Layout | None:

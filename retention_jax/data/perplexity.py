@@ -42,7 +42,7 @@ def by_tokenizer(tokenizer: Tokenizer) -> Callable[[str], Tokens]:
     """
 
     def encode(text: str) -> Tokens:
-        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+        encoding = tokenizer.encoding(text)
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         widths = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
         bytes_before = np.concatenate([[0], np.cumsum(widths)])

@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from retention_jax.runtime import files
+from retention_jax.text.tokenizer import check_text
 
 _ENDINGS = (".jsonl", ".json", ".parquet")
 
@@ -141,12 +142,18 @@ def _json(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 
 def _parsed(text: bytes) -> Any:
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         return ValueError(f"not valid JSON: {error.msg} at {at}")
     except (ValueError, RecursionError) as error:
         return ValueError(f"not valid JSON: {error}")
+    try:
+        if re.search(rb"\\u[dD][89a-fA-F]", text):  # else there is no half of a surrogate pair
+            check_text(json.dumps(found, ensure_ascii=False))
+    except ValueError as error:
+        return error
+    return found
 
 
 def _parquet(path: pathlib.Path, needed: Callable[[Sequence[str]], list[str] | None]) -> Iterator[tuple[str, Any]]:

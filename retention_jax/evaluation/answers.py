@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from retention_jax.cache import full_nbytes
 from retention_jax.cache.buffer import Buffer
@@ -21,6 +22,7 @@ from retention_jax.generation import decoding
 from retention_jax.models.decoder import Decoder
 from retention_jax.parallel import sharding
 from retention_jax.tasks.example import Task
+from retention_jax.text import chat
 from retention_jax.text.tokenizer import Tokenizer
 
 _STEP = 256  # tokens: a full cache is made a multiple of it, so that few sizes are compiled
@@ -38,6 +40,10 @@ class Answers:
           ValueError: as `of_task` does, and when prompts with their answers can be longer than the context and the task
             does not cut them.
         """
+        if jax.process_index() == 0:
+            templated = task.chat and "default" in tokenizer.chat_templates
+            for warning in chat.reply_warnings(tokenizer, templated=templated):
+                logging.warning("%s", warning)
         kwargs = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.task, self.definition = name, task

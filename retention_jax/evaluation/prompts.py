@@ -90,7 +90,7 @@ def _shortened(
     """What `first` makes of an example (`tokens`, `split`) without so much of its text that at most `most` are left."""
     (turn, *later), context = example.turns, example.context
     text = context + turn.question if cut == "middle of prompt" else context
-    offsets = tokenizer.backend.encode(text, add_special_tokens=False).offsets
+    offsets = tokenizer.encoding(text).offsets
     keep = len(offsets)
     while len(tokens) > most:  # texts that were apart may become more tokens together
         keep -= len(tokens) - most
@@ -140,7 +140,7 @@ def _first(
         end = len(before) + max(end - trimmed, 0) if example.context else 0
     text += turn.answer_prefix
     ids = tokenizer.encode(text, bos=not templated)
-    encoded = tokenizer.backend.encode(text, add_special_tokens=False)
+    encoded = tokenizer.encoding(text)
     # A token with characters of both goes to the question, so that the tokens stay those of the whole text.
     split = next((i for i, (_, stop) in enumerate(encoded.offsets) if stop > end), len(encoded.offsets))
     # The question keeps one token at least: an answer goes on from it.
@@ -157,7 +157,7 @@ def _later(
     asked, told = example.turns[turn], example.turns[turn - 1].told
     if not templated:
         told = "" if told is None else f"{told}\n\n"
-        return tokenizer.encode(told + asked.question + asked.answer_prefix, bos=False), False
+        return tokenizer.encode_more(told + asked.question + asked.answer_prefix), False
     # What was said before does not matter to what comes after an answer.
     messages = [
         {"role": "user", "content": "-"},
@@ -165,7 +165,7 @@ def _later(
         {"role": "user", "content": asked.question},
     ]
     closing, after = chat.continuation(tokenizer, messages, 1, template_kwargs=template_kwargs)
-    return tokenizer.encode((told or "") + closing + after + asked.answer_prefix, bos=False), bool(closing)
+    return tokenizer.encode_more((told or "") + closing + after + asked.answer_prefix), bool(closing)
 
 
 def batches(prompts: Sequence[Prompt], max_new_tokens: Sequence[tuple[int, ...]], size: int) -> list[list[Prompt]]:

@@ -8,9 +8,13 @@ import dataclasses
 import hashlib
 import json
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
 
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
@@ -37,26 +41,52 @@ class Writer(NamedTuple):
 
 
 def check(writer: Writer) -> None:
-    """Raises ValueError when tokenizer and model do not go together, or settings are out of range."""
+    """Warns of what the checkpoint asks for and nobody does (`chat.reply_warnings`).
+
+    Raises:
+      ValueError: when tokenizer and model do not go together, or settings are out of range.
+    """
     rows, needed = writer.model.config.vocab_size, writer.tokenizer.vocab_size
     if needed > rows:
         raise ValueError(f"{writer.tokenizer.where}: the tokenizer has {needed} tokens, but the model only {rows}")
     if writer.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {writer.max_new_tokens}")
     sampling.settings(**writer.drawing)
+    for warning in chat.reply_warnings(writer.tokenizer, templated=writer.template):
+        logging.warning("%s", warning)
+
+
+def warn_of_length(writer: Writer, where: str, lengths: Sequence[int]) -> None:
+    """Warns when prompts of so many tokens are longer than what the model was made for."""
+    context = writer.model.config.context
+    if over := [length for length in lengths if length > context]:
+        logging.warning(
+            "%s: %d of %d prompts are longer than the %d tokens that the model was made for (config.json, "
+            "max_position_embeddings); the longest has %d. What is written after them may make no sense",
+            where,
+            len(over),
+            len(lengths),
+            context,
+            max(over),
+        )
 
 
 def drawing_settings(generation: Mapping[str, Any], given: Mapping[str, float | int | None]) -> dict[str, Any]:
     """How tokens are drawn: what was given (not None), else what generation_config.json says.
 
-    A file without `do_sample: true` stands for greedy decoding, whatever else is in it.
+    A file without `do_sample: true` stands for greedy decoding, whatever else is in it. A top_k, top_p or min_p that
+    was given asks for drawing all the same, as `do_sample` does: at the file's temperature, or at 1.
     """
     found = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    if generation.get("do_sample"):
+    given = {name: value for name, value in given.items() if value is not None}
+    cuts = any(value != found[name] for name, value in given.items() if name != "temperature")
+    if generation.get("do_sample") or cuts:
         found |= {name: generation[name] for name in found if generation.get(name) is not None}
     else:
         found["temperature"] = 0.0
-    found |= {name: value for name, value in given.items() if value is not None}
+    if cuts and not found["temperature"]:
+        found["temperature"] = 1.0
+    found |= given
     return {name: int(value) if name == "top_k" else float(value) for name, value in found.items()}
 
 
@@ -96,22 +126,36 @@ class Totals(NamedTuple):
         )
 
 
-def prompt_tokens(writer: Writer, prompt: str | Sequence[Message]) -> list[int]:
+def prompt_tokens(
+    writer: Writer,
+    prompt: str | Sequence[Message],
+    *,
+    system: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
     """Tokens of a text, or of the messages before a reply.
 
+    Args:
+      writer: holds the tokenizer and how prompts are written.
+      prompt: what the user says, or all messages.
+      system: system message of this prompt, in place of the writer's.
+      tools: JSON schemas of functions, for the template.
+
     Raises:
-      ValueError: when there is nothing to read, and as `chat.render` does.
+      ValueError: when there is nothing to read, and as `chat.render` and `Tokenizer.encode` do.
     """
     if not writer.template:
-        if not isinstance(prompt, str):
-            raise ValueError("messages need the chat template; only a prompt of plain text can go without")
+        if not isinstance(prompt, str) or system or tools:
+            raise ValueError("messages, system and tools need the chat template; only plain text can go without")
         ids = writer.tokenizer.encode(prompt, bos=True)
     else:
         messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+        messages = chat.with_system(messages, system) if system else _with_system(writer, messages)
         text = chat.render(
             writer.tokenizer,
-            _with_system(writer, messages),
+            messages,
             add_generation_prompt=True,
+            tools=tools,
             template_kwargs=writer.template_kwargs,
         )
         ids = writer.tokenizer.encode(text, bos=False)
@@ -122,7 +166,7 @@ def prompt_tokens(writer: Writer, prompt: str | Sequence[Message]) -> list[int]:
 
 def _with_system(writer: Writer, messages: list[Message]) -> list[Message]:
     has_one = any(isinstance(m, Mapping) and m.get("role") == "system" for m in messages)
-    return messages if has_one or not writer.system else [{"role": "system", "content": writer.system}, *messages]
+    return messages if has_one or not writer.system else chat.with_system(messages, writer.system)
 
 
 class Reply(NamedTuple):
@@ -140,6 +184,7 @@ def reply(
     buffer: Buffer | None = None,
 ) -> Reply:
     """Continues one sequence, and hands its text to `write` as it comes, in whole characters; Ctrl-C ends it."""
+    warn_of_length(writer, "prompt", [len(tokens) + (0 if buffer is None else int(np.asarray(buffer.seen)[0]))])
     text_of = writer.tokenizer.stream()
     with _interruptible() as interrupted:
 
@@ -158,6 +203,8 @@ def reply(
             buffer=buffer,
             on_tokens=on_tokens,
         )
+    if rest := text_of([], end=True):
+        write(rest)
     return Reply(out.tokens[0], out.stats, out.buffer)
 
 
@@ -194,28 +241,45 @@ def next_turn(
     """One turn of a conversation; only what is new is read, on top of the buffer.
 
     Raises:
-      ValueError: as `chat.render` and `chat.continuation` do.
+      ValueError: as `turn_tokens` does.
+    """
+    return _take_turn(writer, before, *turn_tokens(writer, before, text), write)
+
+
+def turn_tokens(writer: Writer, before: Conversation, text: str) -> tuple[list[Message], list[int]]:
+    """The messages until the next reply, and those of their tokens that the buffer does not hold yet.
+
+    Raises:
+      ValueError: as `chat.render`, `chat.continuation` and `Tokenizer.encode` do.
     """
     messages = [*before.messages, {"role": "user", "content": text}]
     if before.buffer is None:
         messages = _with_system(writer, messages)
-        tokens = prompt_tokens(writer, messages)
-    else:
-        closing, after = chat.continuation(
-            writer.tokenizer, messages, len(messages) - 2, template_kwargs=writer.template_kwargs
-        )
-        tokens = writer.tokenizer.encode(closing + after, bos=False)
-        # The closing stands in for the stop token, unless there is none, or the reply was cut off before it.
-        if not (closing and before.last in writer.tokenizer.stop_tokens):
-            tokens = [before.last, *tokens]
+        return messages, prompt_tokens(writer, messages)
+    closing, after = chat.continuation(
+        writer.tokenizer, messages, len(messages) - 2, template_kwargs=writer.template_kwargs
+    )
+    tokens = writer.tokenizer.encode_more(closing + after)
+    # The closing stands in for the stop token, unless there is none, or the reply was cut off before it.
+    if not (closing and before.last in writer.tokenizer.stop_tokens):
+        tokens = [before.last, *tokens]
+    return messages, tokens
+
+
+def _take_turn(
+    writer: Writer, before: Conversation, messages: list[Message], tokens: list[int], write: Callable[[str], object]
+) -> tuple[Conversation, dict[str, float]]:
     turn = sum(m["role"] == "assistant" for m in messages)
     out = reply(writer, tokens, write, seed=writer.seed + turn, buffer=before.buffer)
-    messages += [{"role": "assistant", "content": writer.tokenizer.decode(out.tokens)}]
+    messages = [*messages, {"role": "assistant", "content": writer.tokenizer.decode(out.tokens)}]
     return Conversation(messages, out.tokens[-1], out.buffer), out.stats
 
 
 def converse(writer: Writer, lines: Iterable[str], write: Callable[[str], object]) -> Totals:
-    """A conversation with whoever writes the lines. `/reset` forgets it, `/exit` ends it, as the end of lines does."""
+    """A conversation with whoever writes the lines. `/reset` forgets it, `/exit` ends it, as the end of lines does.
+
+    A line that cannot be read, or that the template refuses, is answered on standard error, and does not count.
+    """
     totals, conversation = Totals(), Conversation()
     for line in map(str.strip, lines):
         if line == "/exit":
@@ -223,7 +287,12 @@ def converse(writer: Writer, lines: Iterable[str], write: Callable[[str], object
         if line == "/reset":
             conversation = Conversation()
         elif line:
-            conversation, stats = next_turn(writer, conversation, line, write)
+            try:
+                messages, tokens = turn_tokens(writer, conversation, line)
+            except ValueError as error:
+                print(error, file=sys.stderr, flush=True)
+                continue
+            conversation, stats = _take_turn(writer, conversation, messages, tokens, write)
             write("\n")
             totals = totals.add(stats)
     return totals

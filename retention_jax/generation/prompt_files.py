@@ -1,6 +1,7 @@
 """A file of prompts in, a file of results out; JSON lines both.
 
-A line of the first is an object with `prompt`, a text, or `messages`, the turns before a reply. A line of the second is
+A line of the first is an object with `prompt`, a text, or `messages`, the turns before a reply; `system`, a text, and
+`tools`, JSON schemas of functions, go to the chat template. A line of the second is
 the same object with the fields of `RESULT_FIELDS`. Lines come in the order in which batches finish. A run that was
 killed goes on when it is started again: finished rows are not computed twice.
 """
@@ -17,6 +18,7 @@ from retention_jax.generation.conversation import Totals, Writer
 from retention_jax.generation.decoding import generate
 from retention_jax.parallel import sharding
 from retention_jax.runtime import files
+from retention_jax.text import chat
 
 # index: of the row, from 0. stopped: whether the reply ended itself. run: `conversation.run_id` of the settings.
 RESULT_FIELDS = ("index", "output", "prompt_tokens", "new_tokens", "stopped", "run")
@@ -53,6 +55,7 @@ def read_prompts(writer: Writer, path: pathlib.Path) -> list[Prompt]:
         raise ValueError(files.first_problems(problems))
     if not prompts:
         raise ValueError(f"{path}: has no prompts")
+    conversation.warn_of_length(writer, str(path), [len(p.tokens) for p in prompts])
     return prompts
 
 
@@ -68,7 +71,10 @@ def _tokens(writer: Writer, row: Any) -> list[int]:
     ):
         raise ValueError("messages must be a list of objects")
     files.json_line(row)  # refuses what could not be written: NaN, and half a surrogate pair
-    return conversation.prompt_tokens(writer, row["prompt"] if "prompt" in row else row["messages"])
+    prompt = row["prompt"] if "prompt" in row else row["messages"]
+    if not isinstance(system := row.get("system"), str | None):
+        raise ValueError(f"system must be a text, got {system!r}")
+    return conversation.prompt_tokens(writer, prompt, system=system, tools=chat.tools_of(row.get("tools")))
 
 
 def write_results(writer: Writer, prompts: list[Prompt], path: pathlib.Path, batch_size: int, run: str) -> Totals:

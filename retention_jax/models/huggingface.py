@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from retention_jax.config import ModelConfig
@@ -36,6 +37,20 @@ FAMILIES = {
         layer_types=True,
         defaults={"num_key_value_heads": 32, "head_dim": 128},
     ),
+}
+# What config.json calls the fields of `ModelConfig` that have other names here.
+FILE_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "mlp_width": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "qkv_bias": "attention_bias",
+    "output_bias": "attention_bias",
+    "tie_embeddings": "tie_word_embeddings",
+    "context": "max_position_embeddings",
 }
 KNOWN_LAYERS = ("full_attention", "sliding_attention")
 # Fields of each kind of RoPE in config.json: required ones, optional ones.
@@ -128,7 +143,12 @@ def model_config(raw: dict[str, Any], dtype: str, *, where: str | os.PathLike) -
         **rope,
         **sliding,
     }
-    return from_dict(ModelConfig, fields, where=str(where))
+    try:
+        return from_dict(ModelConfig, fields, where="config.json")
+    except ValueError as error:
+        told = re.sub(r"config\.json\.", "", str(error)).removeprefix("ModelConfig: ")
+        told = re.sub(r"\b(?:" + "|".join(FILE_NAMES) + r")\b", lambda found: FILE_NAMES[found[0]], told)
+        raise ValueError(f"{where}: " + "; ".join(told.split("\n"))) from None
 
 
 def _not_implemented(raw: dict[str, Any], family: Family | None) -> list[str]:

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from retention_jax.models.decoder import Decoder
 from retention_jax.parallel.sharding import on_host
-from retention_jax.runtime import files as files_lib
+from retention_jax.runtime.files import first_problems, write_atomically
 
 Layout = Literal["in", "out", "flat", "same"]
 Shape = tuple[int, ...]
@@ -126,6 +126,23 @@ def _opened(file: pathlib.Path) -> Iterator[Any]:
         raise ValueError(f"{file}: not a complete safetensors file: {error}") from error
 
 
+def equal(first: Header, second: Header) -> bool:
+    """Whether two stored tensors have the same values, whatever their dtypes; read block by block."""
+    if first.shape != second.shape:
+        return False
+    rows = max(1, READ_BYTES // max(math.prod(first.shape[1:]) * 4, 1))
+    for start in range(0, first.shape[0], rows):
+        blocks = []
+        for header in (first, second):
+            with _opened(header.file) as tensors:
+                blocks.append(
+                    tensors.get_slice(header.name)[start : min(start + rows, first.shape[0])].astype(np.float32)
+                )
+        if not np.array_equal(*blocks):
+            return False
+    return True
+
+
 def read_tensors(files: Iterable[pathlib.Path], *, where: str | os.PathLike) -> dict[str, np.ndarray]:
     """All tensors of some safetensors files by name; raises ValueError on no, missing or damaged files."""
     found: dict[str, np.ndarray] = {}
@@ -155,16 +172,19 @@ def stream(
       sharding_of: of a variable, by path and shape; None for the default device.
 
     Raises:
-      ValueError: before any data is read; lists every missing, extra and misshapen tensor.
+      ValueError: before any data is read; names missing, extra and misshapen tensors, ten of each
+        kind and a count of the others.
     """
     variables = _flat(model, kind)
     whole = lambda place: place.file_shape(variables[place.path].shape[0 if place.layer is None else 1 :])
     problems = _misfits({n: whole(place) for n, place in places}, {n: header.shape for n, header in found.items()})
-    problems += [
-        f"{n} has dtype {found[n].dtype} (known: {', '.join(DTYPES)})"
-        for n in dict(places)
-        if n in found and found[n].dtype not in DTYPES
-    ]
+    problems += _first(
+        [
+            f"{n} has dtype {found[n].dtype} (known: {', '.join(DTYPES)})"
+            for n in dict(places)
+            if n in found and found[n].dtype not in DTYPES
+        ]
+    )
     if problems:
         raise ValueError(f"{where}: does not fit the model: " + "; ".join(problems))
     filled = []
@@ -229,14 +249,20 @@ def _read_part(
 
 
 def _misfits(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
-    """Every tensor that is missing, extra, or of another shape."""
-    problems = [f"missing {name}" for name in wanted if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in wanted]
-    return problems + [
+    """The tensors that are missing, extra, or of another shape; the first ten of each kind, and how many more."""
+    missing = [f"missing {name}" for name in wanted if name not in found]
+    unexpected = [f"unexpected {name}" for name in found if name not in wanted]
+    misshapen = [
         f"{name} has shape {found[name]}, needed {shape}"
         for name, shape in wanted.items()
         if name in found and found[name] != shape
     ]
+    return [line for kind in (missing, unexpected, misshapen) for line in _first(kind)]
+
+
+def _first(problems: list[str]) -> list[str]:
+    """The first ten problems of one kind and a count of the others: a wrong prefix makes hundreds."""
+    return first_problems(problems).split("\n") if problems else []
 
 
 def fill(
@@ -250,7 +276,8 @@ def fill(
     """Puts named tensors into the model's variables of one kind, in place, in those variables' dtypes.
 
     Raises:
-      ValueError: lists every missing, extra and misshapen tensor, and copies of a shared one that differ.
+      ValueError: names missing, extra and misshapen tensors, ten of each kind and a count of the rest, and copies of a
+        a shared one that differ.
     """
     variables = _flat(model, kind)
     values = {path: np.zeros(v.shape, v.dtype) for path, v in variables.items()}
@@ -303,9 +330,9 @@ def _write(
 ) -> None:
     tensors = {name: np.ascontiguousarray(place.to_file(place.of(values))) for name, place in names.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    files_lib.write_atomically(folder / file, lambda path: save_file(tensors, path))
+    write_atomically(folder / file, lambda path: save_file(tensors, path))
     text = json.dumps(config, indent=2)
-    files_lib.write_atomically(folder / "config.json", lambda path: path.write_text(text))
+    write_atomically(folder / "config.json", lambda path: path.write_text(text))
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

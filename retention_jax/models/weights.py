@@ -6,10 +6,12 @@
 Two tables there say where each named tensor goes; loading and saving both read them.
 """
 
+import dataclasses
 import os
 import pathlib
 
 import jax
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -80,8 +82,22 @@ def load_backbone(
 
 
 def _without_values(folder: pathlib.Path, gate: GateConfig, dtype: str) -> Decoder:
-    """A decoder of a checkpoint's architecture whose variables are shapes without values yet."""
+    """A decoder of a checkpoint's architecture whose variables are shapes without values yet.
+
+    A head that is stored beside an embedding it should be tied to, and differs from it, is kept: `transformers` does so
+    too. Equal ones, which some exporters write, are one.
+    """
     cfg = huggingface.read_model_config(folder, dtype)
+    if cfg.tie_embeddings:
+        found = tensors.read_headers(tensors.checkpoint_files(folder))
+        embedding, head = (found.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+        if embedding is not None and head is not None and not tensors.equal(embedding, head):
+            logging.warning(
+                "%s: config.json has tie_word_embeddings=true, but lm_head.weight differs from "
+                "model.embed_tokens.weight: both are used, as if it were false",
+                folder,
+            )
+            cfg = dataclasses.replace(cfg, tie_embeddings=False)
     return nnx.eval_shape(lambda: Decoder(cfg, gate, rngs=nnx.Rngs(0)))
 
 

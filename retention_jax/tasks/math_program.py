@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import sys
+from typing import Any
 
 import math_verify
 
@@ -25,15 +26,28 @@ def _main() -> None:
     def parse(text: str) -> list:
         return math_verify.parse(text, kinds, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
-    def is_right(marked: str | None, tail: str, gold: str) -> bool:
-        answer = parse(tail if marked is None else _boxed(marked))
-        return math_verify.verify(parse(_boxed(gold)), answer, timeout_seconds=None)
+    def is_right(marked: list[str], tail: str, gold: str) -> bool:
+        answers = [value for result in marked for value in parse(_boxed(result))] or parse(tail)
+        pairs = [(right, answer) for right in parse(_boxed(gold)) for answer in answers]
+        return any(
+            math_verify.verify([right], [answer], timeout_seconds=None) and not _tiny_and_apart(right, answer)
+            for right, answer in pairs
+        )
 
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8")  # pyright: ignore[reportAttributeAccessIssue]
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(is_right(**json.loads(line))), flush=True)
+
+
+def _tiny_and_apart(right: Any, answer: Any) -> bool:
+    """Whether two numbers look alike only because math-verify rounds to six decimals: three digits must agree."""
+    numbers = all(getattr(value, "is_number", False) and value.is_extended_real for value in (right, answer))
+    if not numbers or right == answer:
+        return False
+    largest = max(abs(right), abs(answer))
+    return bool(largest.evalf() < 1e-3 and abs(right - answer).evalf() > 5e-3 * largest.evalf())
 
 
 def _boxed(result: str) -> str:

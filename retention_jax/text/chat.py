@@ -5,6 +5,7 @@ thinking of every turn in it, since that is what the cache holds while a model w
 assistant wrote. `continuation` is what comes between two of its turns, for a buffer that goes on.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -94,6 +95,89 @@ def encode_chat(
     return _encode_spans(tokenizer, *_assemble(tokenizer, messages, tools, template_kwargs))
 
 
+def with_system(messages: Sequence[Message], system: str) -> list[Message]:
+    """The messages behind a system message; raises ValueError when they begin with another one."""
+    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    if first.get("role") != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if first.get("content") != system:
+        raise ValueError(f"has two system messages, {first.get('content')!r:.60} and {system!r:.60}")
+    return [*messages]
+
+
+def tools_of(value: Any) -> list[dict[str, Any]] | None:
+    """The `tools` of a row of data: a list of JSON schemas, or the text of one; None where there are none.
+
+    Raises:
+      ValueError: when it is anything else.
+    """
+    try:
+        found = json.loads(value.strip() or "[]") if isinstance(value, str) else value or []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"tools are not valid JSON: {error}") from None
+    if not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
+        raise ValueError(f"tools must be a list of objects, got {value!r:.60}")
+    return found or None
+
+
+def reply_warnings(tokenizer: Tokenizer, *, templated: bool) -> list[str]:
+    """What a checkpoint's folder says about replies and this package does not do, in words.
+
+    Args:
+      tokenizer: of the folder.
+      templated: whether prompts go through the chat template. Then the token that the template writes after an
+        assistant's turn should be a stop token: a model goes on for ever behind a turn's end that nobody stops at.
+    """
+    found = [
+        f"generation_config.json has {name}={value!r}, which is not implemented: tokens are chosen without it"
+        for name, value in tokenizer.generation.items()
+        if name in _NOT_IMPLEMENTED and value not in (None, *_NOT_IMPLEMENTED[name])
+    ]
+    if templated and (end := _turn_end(tokenizer)) and tokenizer.backend.token_to_id(end) not in tokenizer.stop_tokens:
+        stops = ", ".join(repr(tokenizer.backend.id_to_token(i)) for i in tokenizer.stop_tokens) or "no token"
+        found.append(
+            f"the chat template ends an assistant's turn with {end!r}, but {stops} ends a reply: replies may go on "
+            f"behind their end; eos_token_id in generation_config.json can name both"
+        )
+    return [f"{tokenizer.where}: {text}" for text in found]
+
+
+# Fields of generation_config.json that change which tokens are chosen, with their values that change nothing.
+_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1, 1.0),
+    "encoder_repetition_penalty": (1, 1.0),
+    "no_repeat_ngram_size": (0,),
+    "typical_p": (1, 1.0),
+    "epsilon_cutoff": (0, 0.0),
+    "eta_cutoff": (0, 0.0),
+    "top_h": (1, 1.0),
+    "num_beams": (1,),
+    "penalty_alpha": (0, 0.0),
+    "guidance_scale": (1, 1.0),
+    "bad_words_ids": ([],),
+    "sequence_bias": ({}, []),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "stop_strings": ([], ""),
+}
+
+
+def _turn_end(tokenizer: Tokenizer) -> str:
+    """The special token that the template writes after an assistant's answer; "" where it writes none."""
+    messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _PLACEHOLDER}]
+    try:
+        [rendered] = _render(tokenizer, [_Job(messages, False)], None, None)
+        closing, _ = _closing(tokenizer, _around_placeholder(tokenizer, rendered.text)[1])
+    except ValueError:
+        return ""  # the template wants other messages: prompts will show it
+    return next((s for s in sorted(tokenizer.special_strings(), key=len, reverse=True) if closing.endswith(s)), "")
+
+
 class _Job(NamedTuple):
     messages: Sequence[Message]
     add_generation_prompt: bool
@@ -109,8 +193,11 @@ def _render(
     name = "tool_use" if tools and "tool_use" in known else "default"
     if name not in known:
         raise ValueError(
-            f"{tokenizer.where}: has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
+            f"{tokenizer.where}: has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json); a model without one continues plain text (--raw)"
         )
+    if tools and not re.search(r"\btools\b", known[name]):
+        raise ValueError(f"{tokenizer.where}: tools are given, but the chat template does not write any")
     own = ("messages", "tools", "documents", "add_generation_prompt")
     if clash := [name for name in own if name in (template_kwargs or {})]:
         raise ValueError(f"template_kwargs: {clash[0]!r} is an argument of its own")
@@ -250,7 +337,7 @@ def _encode_spans(
     tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[Int32[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
     """Tokens of a text, and which of them have a character of one of the spans."""
-    encoded = tokenizer.backend.encode(text, add_special_tokens=False)
+    encoded = tokenizer.encoding(text)
     offsets = np.asarray(encoded.offsets, np.int64).reshape(-1, 2)
     # Some tokenizers trim spaces off their offsets: a token of spaces alone is then empty, at the spaces' end.
     start, end = np.minimum(offsets[:, 0], offsets[:, 1] - 1), offsets[:, 1]
