@@ -43,7 +43,7 @@ from tpu_report import Part
 
 from retention_jax import cache, train
 from retention_jax.config import CacheConfig, MeshConfig, TrainConfig, conversion
-from retention_jax.generation import decoding
+from retention_jax.generation import decoding, runs
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
 from retention_jax.parallel import sharding
@@ -105,7 +105,7 @@ def inference(setup: Setup) -> Program:
     held = {"weights": weights, "gates": gates, "buffer": buffer}
     if setup.program == "decode":
         run = setup.cache.recent
-        return Program(decoding.lower_run(model, buffer, run), held, batch * run)
+        return Program(runs.lower_run(model, buffer, run), held, batch * run)
     assert setup.cache.prefill_chunk is not None  # a flag with a default
     chunk = (batch, setup.cache.prefill_chunk)
     of_chunk = lambda dtype: jax.ShapeDtypeStruct(chunk, dtype, sharding=_layout(mesh, sharding.WINDOW))

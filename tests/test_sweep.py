@@ -20,7 +20,7 @@ from retention_jax.config import DataConfig, EvalConfig
 from retention_jax.evaluation import journal, prompts, rows, streams, sweep
 from retention_jax.evaluation.answers import Answers, behind_thoughts, seed_of
 from retention_jax.evaluation.streams import Streams
-from retention_jax.generation import decoding
+from retention_jax.generation import decoding, runs
 from retention_jax.parallel import sharding
 from retention_jax.tasks import text_metrics
 from retention_jax.tasks.example import Cut, Example, Task, Turn
@@ -223,7 +223,7 @@ def test_told_answers_are_read_in_place_of_the_models(model, tok, tmp_path):
     buffer = read(prompt.context, None)
     for turn, answer in zip(prompt.turns, done["answers"], strict=True):
         branch = jax.tree.map(jnp.copy, buffer)
-        out = decoding.generate(model, [turn], cache, max_new_tokens=3, stop_tokens=tok.stop_tokens, buffer=branch)
+        out = runs.generate(model, [turn], cache, max_new_tokens=3, stop_tokens=tok.stop_tokens, buffer=branch)
         assert answer["text"] == tok.decode(out.tokens[0])
         buffer = read(turn, buffer)
 

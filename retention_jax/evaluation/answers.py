@@ -17,7 +17,7 @@ from retention_jax.evaluation.journal import Result, Unit
 from retention_jax.evaluation.prompts import Prompt, num_tokens
 from retention_jax.evaluation.rows import Row, interval
 from retention_jax.evaluation.streams import full_kv_bytes
-from retention_jax.generation import decoding
+from retention_jax.generation import decoding, runs
 from retention_jax.models.decoder import Decoder
 from retention_jax.tasks.example import Task
 from retention_jax.text.tokenizer import Tokenizer
@@ -110,7 +110,7 @@ class Answers:
             asked = [self._asked(prompt, turn, last[i] if last else None) for i, prompt in enumerate(batch)]
             # Where the answer is to leave no trace, the question is read once more, on a buffer of its own.
             untouched = self._read(asked, cache, jax.tree.map(jnp.copy, buffer)) if batch[0].told[turn] else None
-            out = decoding.generate(
+            out = runs.generate(
                 self.model,
                 asked,
                 cache,

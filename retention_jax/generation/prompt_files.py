@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from retention_jax.generation import conversation
 from retention_jax.generation.conversation import Totals, Writer
-from retention_jax.generation.decoding import generate
+from retention_jax.generation.runs import generate
 from retention_jax.parallel import distributed
 from retention_jax.runtime import files
 
