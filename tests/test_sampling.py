@@ -1,5 +1,7 @@
 """Sampling: the filters against those of transformers, and draws that follow the distribution."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +91,7 @@ def test_a_row_has_its_own_seed():
 
 def test_rows_of_all_settings_draw_as_they_do_alone():
     logits = 2 * jax.random.normal(jax.random.key(6), (7, 300))
-    each = dict(
+    each: dict[str, Any] = dict(
         temperature=[0.0, 1.0, 0.7, 1.5, 1.0, 0.0, 2.0],
         top_k=[3, 0, 5, 0, 1000, 0, 2**31 - 1],
         top_p=[0.5, 1.0, 1.0, 0.8, 1.0, 1.0, 0.3],
