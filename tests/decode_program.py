@@ -6,6 +6,7 @@ Needs the libtpu wheel and no TPU.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from retention_jax.config import CacheConfig, GateConfig, ModelConfig
 from retention_jax.generation import decoding, runs
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
+from retention_jax.models.inputs import Inputs
 
 # Instructions whose result is no new array, or is written by the computations they call.
 NOT_WRITING = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
@@ -105,9 +107,9 @@ def lower_run(model, token, active, buffer, *, place=lambda tree: tree) -> jax.s
     return runs.lower_run(model, buffer, 32)
 
 
-def lower_chunk(model, tokens, valid, buffer, *, place=lambda tree: tree) -> jax.stages.Lowered:
+def lower_chunk(model, inputs, buffer, *, place=lambda tree: tree) -> jax.stages.Lowered:
     """A chunk of a prompt, not yet taken in."""
-    return jax.jit(decoder.extend).lower(*place((model, tokens, valid, buffer)))
+    return jax.jit(functools.partial(decoder.extend, queries=0)).lower(*place((model, inputs, buffer)))
 
 
 def main(topology: str) -> None:
@@ -145,8 +147,8 @@ def main(topology: str) -> None:
         args = arguments(model, budget=2**17, batch=2)
         # Not what the compiler does for evictions before their loop.
         report("run", lower_run(*args, place=place), args[3], inside="tokens")
-        chunk = jax.ShapeDtypeStruct((2, 256), jnp.int32), jax.ShapeDtypeStruct((2, 256), bool)
-        report("chunk", lower_chunk(args[0], *chunk, args[3], place=place), args[3])
+        chunk: Any = Inputs(*(jax.ShapeDtypeStruct((2, 256), dtype) for dtype in (jnp.int32, jnp.bool_)))  # pyright: ignore
+        report("chunk", lower_chunk(args[0], chunk, args[3], place=place), args[3])
 
 
 if __name__ == "__main__":

@@ -43,13 +43,15 @@ def test_a_row_is_what_its_own_settings_make_it(model):
     assert out.tokens == [alone(model, row) for row in range(4)]
     assert np.asarray(out.buffer.seen).tolist() == [len(p) + n - 1 for p, n in zip(PROMPTS, (12, 5, 9, 1), strict=True)]
     assert out.tokens[0] == rj.generate(model, PROMPTS, TIGHT, max_new_tokens=12).tokens[0]  # greedy beside sampled
-    arrays = {name: np.array(values) for name, values in EACH.items()} | {"top_p": jnp.array(EACH["top_p"])}
+    arrays: dict[str, Any] = {name: np.array(values) for name, values in EACH.items()} | {
+        "top_p": jnp.array(EACH["top_p"])
+    }
     assert rj.generate(model, PROMPTS, TIGHT, **arrays).tokens == out.tokens
 
 
 def test_one_number_is_that_number_for_all(model):
-    same = dict(temperature=1.2, top_k=9, top_p=0.95, min_p=0.01, seed=5, max_new_tokens=7)
-    each = {name: [value] * 4 for name, value in same.items()}
+    same: dict[str, Any] = dict(temperature=1.2, top_k=9, top_p=0.95, min_p=0.01, seed=5, max_new_tokens=7)
+    each: dict[str, Any] = {name: [value] * 4 for name, value in same.items()}
     assert rj.generate(model, PROMPTS, TIGHT, **same).tokens == rj.generate(model, PROMPTS, TIGHT, **each).tokens
     other = rj.generate(model, PROMPTS, TIGHT, **{**each, "seed": [5, 5, 6, 5]}).tokens
     told = rj.generate(model, PROMPTS, TIGHT, **same).tokens

@@ -7,7 +7,7 @@ chosen (`Sampling`) and when the row ends (`Limits`) are arrays over rows, so on
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,8 @@ def generate(
     logits, held = jax.block_until_ready(decoding.prefill(model, tokens, cache, lengths=lengths, buffer=buffer))
     prefilled = time.perf_counter()
     new, run = [[] for _ in prompts], _STREAMED if on_tokens else _AT_ONCE
-    state = DecodeState(*_first_tokens(logits, how, limits), held)
+    newest, done, step = _first_tokens(logits, how, limits)
+    state = DecodeState(newest, done, step, held)
     fresh, count = state.newest[:, None], state.step
     while True:
         pieces = [row[:n].tolist() for row, n in zip(*map(sharding.on_host, (fresh, count)), strict=True)]
@@ -141,10 +142,11 @@ def _checked(model: Decoder, prompts: Sequence[Sequence[int]], stop_tokens: Stop
 
 def _stops_of_rows(stop_tokens: StopTokens, rows: int) -> tuple[list[list[int]], list[str]]:
     """The stop tokens of each row, and what is wrong with them."""
-    nested = [np.ndim(stop) > 0 for stop in stop_tokens]
+    given: list[Any] = list(stop_tokens)
+    nested = [np.ndim(stop) > 0 for stop in given]
     if any(nested) and not all(nested):
         return [], ["stop_tokens must be token ids, or a list of them for each prompt, and not both"]
-    each = [list(row) for row in stop_tokens] if any(nested) else [list(stop_tokens)] * rows  # pyright: ignore
+    each = [list(row) for row in given] if any(nested) else [given] * rows
     problems = [f"stop_tokens must be {rows} lists, got {len(each)}"] * (len(each) != rows)
     bad = sorted({int(t) for row in each for t in row if not 0 <= t < 2**31})
     problems += [f"stop_tokens must be in [0, 2**31), got {', '.join(map(str, bad))}"] * bool(bad)
@@ -251,5 +253,6 @@ def lower_run(model: Decoder, buffer: Buffer, run: int) -> jax.stages.Lowered:
     placed = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=buffer.seen.sharding)
     how, limits = jax.tree.map(placed, jax.eval_shape(make))
     number = placed(buffer.seen)
-    state = DecodeState(number, placed(jax.ShapeDtypeStruct((B,), jnp.bool_)), number, buffer)
+    done = placed(jax.ShapeDtypeStruct((B,), jnp.bool_))
+    state = DecodeState(number, done, number, buffer)  # pyright: ignore[reportArgumentType]
     return decode_run.lower(model, state, how, limits, run=run)

@@ -4,7 +4,6 @@ Every setting is an array over rows. So another value does not compile anew, and
 batch: a row's token depends on its own logits and settings only.
 """
 
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -31,12 +30,13 @@ class Sampling(NamedTuple):
 
 # Of every setting: what it must be, and the test.
 _INT32 = np.iinfo(np.int32)
-_whole = lambda x, least, most: isinstance(x, numbers.Integral) and least <= x <= most
+_real = lambda x: isinstance(x, int | float | np.integer | np.floating)
+_whole = lambda x, least, most: isinstance(x, int | np.integer) and least <= x <= most
 _REQUIRED = {
-    "temperature": ("at least 0", lambda x: isinstance(x, numbers.Real) and x >= 0),
+    "temperature": ("at least 0", lambda x: _real(x) and x >= 0),
     "top_k": (f"a whole number from 0 (keeps all tokens) to {_INT32.max}", lambda x: _whole(x, 0, _INT32.max)),
-    "top_p": ("in (0, 1]", lambda x: isinstance(x, numbers.Real) and 0 < x <= 1),
-    "min_p": ("in [0, 1]", lambda x: isinstance(x, numbers.Real) and 0 <= x <= 1),
+    "top_p": ("in (0, 1]", lambda x: _real(x) and 0 < x <= 1),
+    "min_p": ("in [0, 1]", lambda x: _real(x) and 0 <= x <= 1),
     "seed": ("a whole number of 64 bits", lambda x: _whole(x, -(2**63), 2**63 - 1)),
     "row_ids": ("whole numbers of 32 bits", lambda x: _whole(x, _INT32.min, _INT32.max)),
     "max_new_tokens": ("at least 1", lambda x: _whole(x, 1, _INT32.max)),
