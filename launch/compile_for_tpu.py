@@ -46,6 +46,7 @@ from retention_jax.config import CacheConfig, MeshConfig, TrainConfig, conversio
 from retention_jax.generation import decoding, runs
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
+from retention_jax.models.inputs import Inputs
 from retention_jax.parallel import sharding
 from retention_jax.runtime import command
 
@@ -109,8 +110,9 @@ def inference(setup: Setup) -> Program:
     assert setup.cache.prefill_chunk is not None  # a flag with a default
     chunk = (batch, setup.cache.prefill_chunk)
     of_chunk = lambda dtype: jax.ShapeDtypeStruct(chunk, dtype, sharding=_layout(mesh, sharding.WINDOW))
-    read = jax.jit(decoding.read_chunk, donate_argnames="buffer")
-    lowered = read.lower(model, of_chunk(jnp.int32), of_chunk(jnp.bool_), buffer=buffer)
+    inputs = Inputs(of_chunk(jnp.int32), of_chunk(jnp.bool_))  # pyright: ignore[reportArgumentType]
+    read = jax.jit(functools.partial(decoding.read_chunk, prompt=True), donate_argnames="buffer")
+    lowered = read.lower(model, inputs, buffer=buffer)
     return Program(lowered, held, math.prod(chunk))
 
 
