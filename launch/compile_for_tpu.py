@@ -42,7 +42,7 @@ from tpu_report import Part
 
 from retention_jax import cache, train
 from retention_jax.config import CacheConfig, MeshConfig, TrainConfig, conversion
-from retention_jax.generation import decoding
+from retention_jax.generation import decoding, runs
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
 from retention_jax.models.inputs import Inputs
@@ -103,13 +103,13 @@ def inference(setup: Setup) -> Program:
     held = {"weights": weights, "gates": gates, "buffer": buffer}
     if setup.program == "decode":
         run = setup.cache.recent
-        return Program(decoding.lower_run(model, buffer, run), held, batch * run)
+        return Program(runs.lower_run(model, buffer, run), held, batch * run)
     assert setup.cache.prefill_chunk is not None  # a flag with a default
     chunk = (batch, setup.cache.prefill_chunk)
     of_chunk = lambda dtype: jax.ShapeDtypeStruct(chunk, dtype, sharding=_layout(mesh, sharding.WINDOW))
-    read = jax.jit(decoding.read_chunk, donate_argnames="buffer", static_argnames="prompt")
-    inputs = Inputs(of_chunk(jnp.int32), of_chunk(jnp.bool_))  # type: ignore[arg-type]  # shapes
-    lowered = read.lower(model, inputs, buffer=buffer, prompt=True)
+    inputs = Inputs(of_chunk(jnp.int32), of_chunk(jnp.bool_))  # pyright: ignore[reportArgumentType]
+    read = jax.jit(functools.partial(decoding.read_chunk, prompt=True), donate_argnames="buffer")
+    lowered = read.lower(model, inputs, buffer=buffer)
     return Program(lowered, held, math.prod(chunk))
 
 

@@ -8,7 +8,8 @@ out = rj.generate(model, prompts, cache, max_new_tokens=256)
 
 from retention_jax.cache import Buffer, insert_row, reset_row, take_row
 from retention_jax.config import CacheConfig, GateConfig, LossConfig, ModelConfig, TrainConfig
-from retention_jax.generation.decoding import Output, decode, generate, prefill
+from retention_jax.generation.decoding import decode, prefill
+from retention_jax.generation.runs import Output, generate
 from retention_jax.generation.scoring import score_stream
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate_files import save_gates

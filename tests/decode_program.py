@@ -26,7 +26,7 @@ from flax import nnx
 
 from retention_jax import cache
 from retention_jax.config import CacheConfig, GateConfig, ModelConfig
-from retention_jax.generation import decoding
+from retention_jax.generation import decoding, runs
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.inputs import Inputs
@@ -104,12 +104,12 @@ def lower_step(model, token, active, buffer, *, place=lambda tree: tree) -> jax.
 def lower_run(model, token, active, buffer, *, place=lambda tree: tree) -> jax.stages.Lowered:
     """The loop of many tokens and their evictions."""
     model, _, _, buffer = place((model, token, active, buffer))
-    return decoding.lower_run(model, buffer, 32)
+    return runs.lower_run(model, buffer, 32)
 
 
-def lower_chunk(model, tokens, valid, buffer, *, place=lambda tree: tree) -> jax.stages.Lowered:
+def lower_chunk(model, inputs, buffer, *, place=lambda tree: tree) -> jax.stages.Lowered:
     """A chunk of a prompt, not yet taken in."""
-    return jax.jit(functools.partial(decoder.extend, queries=0)).lower(*place((model, Inputs(tokens, valid), buffer)))
+    return jax.jit(functools.partial(decoder.extend, queries=0)).lower(*place((model, inputs, buffer)))
 
 
 def main(topology: str) -> None:
@@ -123,13 +123,15 @@ def main(topology: str) -> None:
     model = ModelConfig(vocab_size=64, width=64, mlp_width=128, **sizes)
     sliding = dataclasses.replace(model, sliding_window=300, sliding_layers=(1,))
 
-    def report(name: str, lowered: jax.stages.Lowered, elements: int, **how: Any) -> None:
+    def report(name: str, lowered: jax.stages.Lowered, buffer: cache.Buffer, **how: Any) -> None:
         compiled = lowered.compile()
         memory, text = compiled.memory_analysis(), compiled.as_text()
         assert memory is not None and text is not None
         kernels = sorted(set(re.findall(r"%([a-z_]+)[.\d]* = [^\n]* custom-call\(", text)))
-        line: dict[str, Any] = dict(program=name, writes=large_writes(compiled, elements, **how), kernels=kernels)
-        window = ",".join(map(str, lowered.in_avals[0][3].recent.k.shape))
+        line: dict[str, Any] = dict(
+            program=name, writes=large_writes(compiled, buffer.pool.pos.size, **how), kernels=kernels
+        )
+        window = ",".join(map(str, buffer.recent.k.shape))
         line |= dict(windows_on_chip=len(re.findall(rf"bf16\[{window}\]{{[^}}]*S\(1\)}}", text)))
         print(json.dumps(line | dict(temporaries=memory.temp_size_in_bytes)), flush=True)
 
@@ -137,16 +139,16 @@ def main(topology: str) -> None:
     with jax.set_mesh(mesh):
         for name, config in (("step", model), ("sliding step", sliding)):
             args = arguments(config, budget=2**17, batch=2, recent=2**16)
-            report(name, lower_step(*args, place=place), args[3].pool.pos.size)
+            report(name, lower_step(*args, place=place), args[3])
         # Windows that fit in vector memory, of which each layer reads its own, and weights that take their time.
         roomy = dataclasses.replace(model, width=2048, mlp_width=8192, num_layers=16)
         args = arguments(roomy, budget=2**12, batch=4, recent=2**8)
-        report("step with room", lower_step(*args, place=place), args[3].pool.pos.size)
+        report("step with room", lower_step(*args, place=place), args[3])
         args = arguments(model, budget=2**17, batch=2)
         # Not what the compiler does for evictions before their loop.
-        report("run", lower_run(*args, place=place), args[3].pool.pos.size, inside="tokens")
-        chunk = jax.ShapeDtypeStruct((2, 256), jnp.int32), jax.ShapeDtypeStruct((2, 256), bool)
-        report("chunk", lower_chunk(args[0], *chunk, args[3], place=place), args[3].pool.pos.size)
+        report("run", lower_run(*args, place=place), args[3], inside="tokens")
+        chunk: Any = Inputs(*(jax.ShapeDtypeStruct((2, 256), dtype) for dtype in (jnp.int32, jnp.bool_)))  # pyright: ignore
+        report("chunk", lower_chunk(args[0], chunk, args[3], place=place), args[3])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from helpers import environment_for_tpu_compiler, tiny_config, tiny_model, token
 
 import retention_jax as rj
 from retention_jax.config import CacheConfig
-from retention_jax.generation import decoding
+from retention_jax.generation import decoding, runs
 
 BUDGET = 2048
 MODEL = tiny_config(qk_norm=True)
@@ -105,9 +105,9 @@ def test_the_run_does_not_grow_with_depth():
 
 def test_a_run_of_tokens_is_one_dispatch(monkeypatch):
     calls = []
-    run = decoding._decode_run
-    monkeypatch.setattr(decoding, "_decode_run", lambda *args: calls.append(args[-1]) or run(*args))
-    monkeypatch.setattr(decoding, "_AT_ONCE", 16)
+    run = runs.decode_run
+    monkeypatch.setattr(runs, "decode_run", lambda *args: calls.append(args[-1]) or run(*args))
+    monkeypatch.setattr(runs, "_AT_ONCE", 16)
     # Windows of 4 tokens: evictions are part of the run.
     out = rj.generate(tiny_model(), [[1, 2, 3]], CacheConfig(budget=3, recent=4), max_new_tokens=33)
     assert len(out.tokens[0]) == 33 and calls == [16, 16]  # the first token comes out of the prompt

@@ -11,7 +11,7 @@ from helpers import TINY_GATE, assert_close, simulate, tiny_model, tokens_of
 import retention_jax as rj
 from retention_jax import cache
 from retention_jax.config import CacheConfig
-from retention_jax.generation import decoding
+from retention_jax.generation import decoding, runs
 from retention_jax.models import decoder
 from retention_jax.models.inputs import Inputs
 
@@ -175,7 +175,7 @@ def test_generating_goes_on_where_the_last_turn_ended(model, prompts):
 
 
 def test_tokens_come_as_they_are_made(model, prompts, monkeypatch):
-    monkeypatch.setattr(decoding, "_STREAMED", 3)
+    monkeypatch.setattr(runs, "_STREAMED", 3)
     calls = []
     stop = rj.generate(model, prompts, TIGHT, max_new_tokens=12).tokens[1][3]
     again = functools.partial(rj.generate, model, prompts, TIGHT, max_new_tokens=12, stop_tokens=[stop, 31])
@@ -194,11 +194,12 @@ def test_nothing_but_shapes_compiles_anew(model, prompts):
     def draw(tokens, **options):
         rj.generate(model, prompts, TIGHT, max_new_tokens=tokens, stop_tokens=[31, 30], **options)
 
-    sizes = lambda: [f._cache_size() for f in (decoding._decode_run, decoding._prefill_chunk)]  # pyright: ignore
+    sizes = lambda: [f._cache_size() for f in (runs.decode_run, decoding._prefill_chunk)]  # pyright: ignore
     draw(4)
     compiled = sizes()
     draw(9, temperature=0.5, seed=3)
     draw(6, temperature=1.5, top_k=4, top_p=0.5, min_p=0.1, row_ids=[5, 6, 7])
+    draw([6, 2, 1], temperature=[0.0, 1.5, 1.0], top_k=[4, 0, 1], top_p=0.5, seed=[1, 2, 3])
     assert sizes() == compiled
 
 

@@ -18,7 +18,7 @@ from helpers import environment, tiny_model
 from text_helpers import save_tokenizer
 
 import retention_jax as rj
-from retention_jax.generation import conversation, decoding, prompt_files
+from retention_jax.generation import conversation, prompt_files, runs
 from retention_jax.generation.conversation import Conversation, Totals, Writer
 from retention_jax.policies.table import POLICIES
 from retention_jax.text import chat, tokenizer
@@ -291,7 +291,7 @@ def test_interrupting_a_reply_ends_it_and_no_more(writer):
     tokens = conversation.prompt_tokens(writer, "two?")
     many = writer._replace(max_new_tokens=60)
     out = conversation.reply(many, tokens, write, seed=0)
-    assert len(written) <= 3 and len(out.tokens) == 1 + decoding._STREAMED
+    assert len(written) <= 3 and len(out.tokens) == 1 + runs._STREAMED
     assert int(np.asarray(out.buffer.seen)[0]) == len(tokens) + len(out.tokens) - 1
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -19,7 +19,7 @@ from retention_jax.config import DataConfig, EvalConfig
 from retention_jax.evaluation import buffers, journal, plan, prompts, rows, sequences, sweep
 from retention_jax.evaluation.answers import Answers, behind_thoughts, seed_of
 from retention_jax.evaluation.sequences import Sequences
-from retention_jax.generation import decoding
+from retention_jax.generation import decoding, runs
 from retention_jax.parallel import sharding
 from retention_jax.tasks import text_metrics
 from retention_jax.tasks.example import Cut, Example, Task, Turn
@@ -222,7 +222,7 @@ def test_told_answers_are_read_in_place_of_the_models(model, tok, tmp_path):
     buffer = read(prompt.context, None)
     for turn, answer in zip(prompt.turns, done["answers"], strict=True):
         branch = jax.tree.map(jnp.copy, buffer)
-        out = decoding.generate(model, [turn], cache, max_new_tokens=3, stop_tokens=tok.stop_tokens, buffer=branch)
+        out = runs.generate(model, [turn], cache, max_new_tokens=3, stop_tokens=tok.stop_tokens, buffer=branch)
         assert answer["text"] == tok.decode(out.tokens[0])
         buffer = read(turn, buffer)
 

@@ -18,7 +18,7 @@ from retention_jax.evaluation.buffers import FULL
 from retention_jax.evaluation.journal import Result, Unit
 from retention_jax.evaluation.prompts import Prompt, num_tokens
 from retention_jax.evaluation.rows import Row, interval
-from retention_jax.generation import decoding
+from retention_jax.generation import decoding, runs
 from retention_jax.models.decoder import Decoder
 from retention_jax.parallel import sharding
 from retention_jax.tasks.example import Task
@@ -116,7 +116,7 @@ class Answers:
             # Where the next turn has a given text in place of the answer, the answer must leave no trace. So the
             # question is read once more, into a copy of the buffer.
             untouched = self._read(asked, cache, jax.tree.map(jnp.copy, buffer)) if batch[0].told[turn] else None
-            out = decoding.generate(
+            out = runs.generate(
                 self.model,
                 asked,
                 cache,

@@ -19,7 +19,7 @@ from absl import logging
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
 from retention_jax.generation import sampling
-from retention_jax.generation.decoding import generate
+from retention_jax.generation.runs import generate
 from retention_jax.models.decoder import Decoder
 from retention_jax.text import chat
 from retention_jax.text.chat import Message

@@ -15,7 +15,7 @@ import tqdm
 
 from retention_jax.generation import conversation
 from retention_jax.generation.conversation import Totals, Writer
-from retention_jax.generation.decoding import generate
+from retention_jax.generation.runs import generate
 from retention_jax.parallel import sharding
 from retention_jax.runtime import files
 from retention_jax.text import chat
