@@ -14,7 +14,7 @@ from retention_jax import evaluate
 from retention_jax.evaluation import journal, plan, rows
 from retention_jax.models import gate_files, weights
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # one sweep over every task
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"

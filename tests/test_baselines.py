@@ -20,7 +20,7 @@ from retention_jax.kernels import key_products
 from retention_jax.policies import scores, table
 from retention_jax.policies.table import POLICIES
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 B, K, G, E, Q, H = 2, 2, 2, 9, 5, 4
 

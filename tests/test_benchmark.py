@@ -13,7 +13,7 @@ import pytest
 from absl import app, flags, logging
 from helpers import environment_for_tpu_compiler
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # each command compiles all that it measures
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 SHAPE = ("--layers=2", "--width=32", "--heads=4", "--kv_heads=2", "--head_size=8", "--vocab=64", "--gate_width=16")

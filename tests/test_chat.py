@@ -10,7 +10,7 @@ from text_helpers import TEMPLATE, make_tokenizer
 
 from retention_jax.text import chat, templates, tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 USER, MORE = {"role": "user", "content": "two plus two?"}, {"role": "user", "content": "and three?"}
 INLINE = {"role": "assistant", "content": "<think>\nhm, 2 and 2\n</think>\n\nfour."}

@@ -21,7 +21,7 @@ from retention_jax.data import builders, conversations, pipeline, show, sources
 from retention_jax.models import weights
 from retention_jax.text.chat import Message
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 ASKED = [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four."}]

@@ -196,7 +196,7 @@ for arguments in eval(sys.argv[2]):
 """
 
 
-@pytest.mark.slow  # it starts the compiler of the libtpu wheel
+@pytest.mark.one_version  # it starts the compiler of the libtpu wheel
 def test_compile_for_tpu_refuses_in_one_line(tmp_path):
     arguments = [sys.executable, "-c", COMPILE_PROGRAM, str(ROOT / "launch"), repr([given for given, _ in COMPILE])]
     ran = subprocess.run(
@@ -245,7 +245,7 @@ def run(body: str, *arguments: str, **options) -> subprocess.CompletedProcess[st
     return subprocess.run(program, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, **options)
 
 
-@pytest.mark.slow  # starts several programs
+@pytest.mark.one_version  # starts several programs
 def test_debug_shows_the_traceback_and_a_mistake_always_does():
     quiet, loud, bug = run("raise ValueError('a\\nb')"), run("raise ValueError('a')", "--debug"), run("1 / 0")
     assert (quiet.returncode, quiet.stderr) == (2, "error: a; b\n")
@@ -253,7 +253,7 @@ def test_debug_shows_the_traceback_and_a_mistake_always_does():
     assert bug.returncode == 1 and "ZeroDivisionError" in bug.stderr
 
 
-@pytest.mark.slow  # starts several programs
+@pytest.mark.one_version  # starts several programs
 def test_ctrl_c_a_closed_pipe_and_a_poor_terminal():
     body = "print('ready', flush=True); time.sleep(60)"
     program = [sys.executable, "-c", PROGRAM.format(body=body)]

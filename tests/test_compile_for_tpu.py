@@ -23,7 +23,7 @@ import hlo  # noqa: E402  # pyright: ignore[reportMissingImports]
 import suggestions  # noqa: E402  # pyright: ignore[reportMissingImports]
 import tpu_report  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 LAYERS, N = 5, 64
 
@@ -263,6 +263,7 @@ def test_changes_are_joined_where_none_is_enough():
     assert searched(set_up(), of_batch, 900) == ([], "suggestion: none, no memory is left to use")
 
 
+@pytest.mark.slow  # compiles a training step for TPU
 def test_the_command(tmp_path):
     pytest.importorskip("libtpu")
     output = tmp_path / "report.json"

@@ -73,6 +73,7 @@ def test_the_check_finds_a_planted_write(shapes, planted):
     assert large_writes(step.lower(*shapes).compile(), shapes[3].pool.k.size) != []
 
 
+@pytest.mark.slow  # compiles for TPU in a process of its own
 def test_the_same_on_tpu_with_its_kernels():
     pytest.importorskip("libtpu")
     script = pathlib.Path(decode_program.__file__)

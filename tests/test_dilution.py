@@ -22,7 +22,7 @@ from retention_jax.models import gate as gate_lib
 from retention_jax.models import gate_files, rope, weights
 from retention_jax.parallel import distributed, sharding
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 T, R = 36, 6
 FULL = CacheConfig(budget=T, recent=T)

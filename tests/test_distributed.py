@@ -25,6 +25,8 @@ from retention_jax.evaluation import journal, plan, rows
 from retention_jax.models import gate_files, weights
 from retention_jax.parallel import distributed
 
+pytestmark = pytest.mark.slow  # every test starts several processes of jax
+
 ROOT = pathlib.Path(__file__).parent.parent
 TOGETHER = {"coordinator_address": "127.0.0.1:1234", "num_processes": 2, "process_id": 1}
 
@@ -190,7 +192,7 @@ def assert_same_outcome(workdir: pathlib.Path, wanted: pathlib.Path) -> None:
         helpers.assert_close(gates[0][name], gate, 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.one_version
 def test_a_killed_process_is_noticed_and_the_run_ends_as_on_one_device(folder, uninterrupted, tmp_path):
     """The coordinator or the other one, at a random step; the gates' shards are in both."""
     workdir, log = tmp_path / "two", tmp_path / "log"
@@ -210,7 +212,7 @@ def test_a_killed_process_is_noticed_and_the_run_ends_as_on_one_device(folder, u
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"18", "24"}
 
 
-@pytest.mark.slow
+@pytest.mark.one_version
 def test_sigterm_stops_two_processes_and_one_goes_on(config, folder, uninterrupted, tmp_path):
     """Sequences are cut between the two processes, and nothing is cut when it goes on."""
     workdir, log = tmp_path / "two", tmp_path / "log"
@@ -224,7 +226,7 @@ def test_sigterm_stops_two_processes_and_one_goes_on(config, folder, uninterrupt
     assert_same_outcome(workdir, uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.one_version
 def test_a_run_goes_on_with_fewer_devices_and_other_meshes(folder, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     legs = ((8, dict(fsdp=2, context=2, tensor=2), 4), (4, dict(context=4), 9), (2, dict(tensor=2), None))
@@ -243,7 +245,7 @@ def test_a_run_goes_on_with_fewer_devices_and_other_meshes(folder, uninterrupted
     assert_same_outcome(workdir, uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.one_version
 @pytest.mark.parametrize(
     "differs, message",
     (
@@ -269,7 +271,7 @@ def test_wrong_set_ups_are_one_error_before_the_model(folder, tmp_path, differs,
     assert "training gates" not in told
 
 
-@pytest.mark.slow
+@pytest.mark.one_version
 def test_two_processes_share_a_sweep(folder, tmp_path):
     output = tmp_path / "two"
     python = [sys.executable, "-m", "retention_jax.evaluate", "--config=configs/recall.py"]

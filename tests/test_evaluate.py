@@ -22,7 +22,7 @@ from retention_jax.generation import scoring
 from retention_jax.models import gate_files, weights
 from retention_jax.parallel import sharding
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 DATA = DataConfig()
 SMALL = EvalConfig(budgets=(3,), lengths=(36,), recent=6, examples=3, seeds=2)  # one shape everywhere: compiled once

@@ -16,7 +16,7 @@ from retention_jax.generation.scoring import score_stream
 from retention_jax.policies.table import POLICIES, Policy
 from retention_jax.report import page, results, traces
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 DATA = DataConfig()
 SMALL = EvalConfig(budgets=(3,), lengths=(36,), recent=6, examples=3, seeds=2)

@@ -23,7 +23,7 @@ from retention_jax.generation.conversation import Conversation, Totals, Writer
 from retention_jax.policies.table import POLICIES
 from retention_jax.text import chat, tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 CACHE = rj.CacheConfig(budget=64, recent=4)
 ROWS: list[dict[str, Any]] = [{"id": f"r{i}", "prompt": "two plus" + " two" * i} for i in range(3)]
@@ -154,7 +154,7 @@ def test_every_option_of_the_cache_is_a_flag():
     assert all(name in values["policy"].help for name in POLICIES)
 
 
-@pytest.mark.slow
+@pytest.mark.one_version
 def test_a_file_of_prompts_goes_on_after_a_kill(folder, writer, tmp_path, capsys, monkeypatch):
     source, output = tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl"
     write_lines(source, ROWS)

@@ -24,7 +24,7 @@ from retention_jax.models.gate import GateParam
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "shared" / "golden"
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.one_version,
     pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden runs are not at {GOLDEN}"),
 ]
 

@@ -14,7 +14,7 @@ from retention_jax.config import DataConfig, EvalConfig
 from retention_jax.evaluation import devices, journal, plan, sweep
 from retention_jax.evaluation.journal import Unit
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 ROOT = pathlib.Path(__file__).parent.parent
 

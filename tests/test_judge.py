@@ -11,7 +11,7 @@ from absl import logging
 
 from retention_jax.tasks import judge
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 
 def said(text):

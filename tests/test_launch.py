@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))

@@ -8,7 +8,7 @@ from text_helpers import write_rows
 
 from retention_jax.tasks import longbench, longbench_v2, longmemeval, scbench
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 
 def prompt(example, turn=0):

@@ -9,7 +9,7 @@ from text_helpers import write_rows
 
 from retention_jax.tasks import countdown, longproc
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data" / "longproc"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")

@@ -14,7 +14,7 @@ from retention_jax.models import decoder
 from retention_jax.models.gate import GateParam
 from retention_jax.training import losses
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 
 def capacity(mass, segments, **changes):

@@ -9,7 +9,7 @@ import pytest
 from retention_jax.tasks import math_answers, maths
 from retention_jax.tasks.math_answers import final_answer, is_right
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 

@@ -25,7 +25,7 @@ from retention_jax.models import weights
 from retention_jax.models.gate import GateParam
 from retention_jax.parallel import sharding
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # 20 steps on each of many meshes; test_sharding.py has a step of each
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from retention_jax.config import TrainConfig
 from retention_jax.dilution import __main__ as dilution
 from retention_jax.report import __main__ as report
 
+pytestmark = pytest.mark.slow  # each notebook trains or generates from top to bottom
+
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = ["dilution", "quickstart", "what_is_kept", "your_checkpoint"]
@@ -86,7 +88,7 @@ def test_commands_exist(name):
         assert all((ROOT / config).is_file() for config in re.findall(r"--config=(\S+)", rest))
 
 
-@pytest.mark.slow
+@pytest.mark.one_version
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_from_top_to_bottom(name, tmp_path):
     script = tmp_path / "notebook.py"

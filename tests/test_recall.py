@@ -7,7 +7,7 @@ import pytest
 
 from retention_jax.data import recall
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 LENGTHS = (3, 9, 60, 64, 191, 192, 768)  # 64 and 191 leave one and two tokens after the last slot
 DECOYS = (0.0, 0.3, 0.6)

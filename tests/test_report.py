@@ -24,7 +24,7 @@ from retention_jax.report import charts, page, results, traces
 from retention_jax.report.results import Results
 from retention_jax.report.traces import NEVER
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 T = 26
 NAMES = [f"t{i}" for i in range(T)]

@@ -70,6 +70,7 @@ def test_a_row_that_is_reset_has_seen_nothing(model, config):
     assert same(rows_of(buffer, 2), rows_of(cache.empty(model.config, config, 1), 0))
 
 
+@pytest.mark.slow  # a model and its buffer on meshes of 8 devices
 @pytest.mark.parametrize("sizes", ({"tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}), ids=str)
 def test_rows_on_a_mesh_are_those_of_one_device(model, tmp_path, sizes):
     weights.save_backbone(model, tmp_path / "model")

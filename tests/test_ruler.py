@@ -16,7 +16,7 @@ from text_helpers import write_rows
 
 from retention_jax.tasks import ruler
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")

@@ -7,7 +7,7 @@ import pytest
 
 from retention_jax.tasks import ruler, ruler_documents, ruler_prompts
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 
 def test_common_words_end_with_the_words(caplog):

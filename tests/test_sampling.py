@@ -10,7 +10,7 @@ import pytest
 from retention_jax.generation import sampling
 from retention_jax.generation.sampling import sample, settings
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 
 def steps(count, step=2):

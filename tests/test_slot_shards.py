@@ -200,6 +200,7 @@ def talk(folder, mesh):
     return np.stack([*map(np.asarray, said), np.asarray(logits)])[:, rows], kept, out, scores.log_prob
 
 
+@pytest.mark.slow  # a whole model on every mesh; the buffer alone is tested below
 def test_logits_and_samples_are_those_of_one_device(folder):
     logits, kept, out, log_prob = talk(folder, None)
     mesh = sharding.make_mesh(data=2, context=2, tensor=2)
@@ -251,6 +252,7 @@ def test_the_check_finds_keys_that_travel(folder):
     assert (2, 1, 4, 6) in [s.shape for s in found]
 
 
+@pytest.mark.slow  # compiles for TPU in a process of its own
 def test_the_same_on_tpu():
     pytest.importorskip("libtpu")
     script = pathlib.Path(decode_on_mesh.__file__)

@@ -24,7 +24,7 @@ from retention_jax.parallel import sharding
 from retention_jax.tasks import text_metrics
 from retention_jax.tasks.example import Cut, Example, Task, Turn
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = EvalConfig(policies=("full", "streaming"), budgets=(6,), recent=4, batch_size=2, max_new_tokens=3)
@@ -227,6 +227,7 @@ def test_told_answers_are_read_in_place_of_the_models(model, tok, tmp_path):
         buffer = read(turn, buffer)
 
 
+@pytest.mark.slow  # answers in batches of every size
 @pytest.mark.usefixtures("programs_kept")
 def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
     sampled = dataclasses.replace(CONFIG, policies=("random_keep_prompt",), samples=2, temperature=5.0)
@@ -239,6 +240,7 @@ def test_batches_change_no_answer_and_samples_differ(model, tok, tmp_path):
     assert any(texts[0][0, f"e{i}", 0] != texts[0][1, f"e{i}", 0] for i in range(5))
 
 
+@pytest.mark.slow  # answers on a mesh of 8 devices
 def test_a_mesh_answers_as_one_device(model, tok, tmp_path):
     mesh = sharding.make_mesh(data=2, tensor=2)
     laid_out = jax.device_put(model, sharding.of_tree(mesh, model, sharding.DECODING))

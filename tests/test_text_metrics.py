@@ -4,7 +4,7 @@ import pytest
 
 from retention_jax.tasks import text_metrics as metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 A_LITTLE_LESS = 1e-7  # the package `rouge` adds 1e-8 to a denominator
 

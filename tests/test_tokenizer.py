@@ -11,7 +11,7 @@ from tokenizers import models, processors
 
 from retention_jax.text import tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 
 def test_text_comes_back(tmp_path):

@@ -102,7 +102,7 @@ def test_only_gates_are_in_the_optimiser_and_checkpoint(folders):
     assert count(params) == sum(a.size for a in gates_of(model)) and count(frozen) > count(params)
 
 
-@pytest.mark.slow
+@pytest.mark.one_version
 @pytest.mark.parametrize("remat", (False, True))
 @pytest.mark.parametrize("accumulation", (1, 4))
 def test_accumulation_and_remat_leave_the_step_as_it_is(folders, accumulation, remat):
@@ -127,7 +127,7 @@ def test_accumulation_and_remat_leave_the_step_as_it_is(folders, accumulation, r
     np.testing.assert_allclose(cut.grad_norm, plain.grad_norm, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.one_version
 def test_backbone_stage_learns_and_gates_follow(folders, tmp_path):
     model = helpers.tiny_config(vocab_size=64)
     config = config_of(
@@ -221,7 +221,7 @@ def start(folders, workdir: pathlib.Path) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # starts three runs; the next tests resume in one process
 @pytest.mark.parametrize("seed", (0,))
 def test_sigkill_at_a_random_step_and_again_gives_the_same_gates(folders, tmp_path, seed):
     """The whole command, in processes of its own: killed once, started again, and bitwise as if never stopped."""
@@ -377,7 +377,7 @@ def test_profiler_window_leaves_a_trace(folders, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # compiles the step at four lengths
 def test_memory_of_a_step_grows_linearly_with_the_row(folders):
     """Compiled, not run: temporaries at 1K, 4K and 16K tokens."""
 

@@ -11,7 +11,7 @@ from retention_jax.parallel import sharding
 
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.one_version,
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of transformers, about its own arguments' names
 ]
 

@@ -7,5 +7,5 @@ import pytest
 
 
 def params(kernels: Mapping[str, Callable[..., Any]]) -> list[Any]:
-    """By name. Interpreted Triton takes long, and does not depend on the version of jax."""
+    """By name. Interpreted Triton takes long: the same cases run on the other two implementations."""
     return [pytest.param(op, id=name, marks=[pytest.mark.slow] * (name == "triton")) for name, op in kernels.items()]

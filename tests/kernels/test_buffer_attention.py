@@ -87,7 +87,7 @@ def test_loses_no_more_than_plain_xla(op, H, dtype: Any):
     assert of_op <= 2 * of_plain + 4e-6 * np.abs(want).max()
 
 
-@pytest.mark.slow
+@pytest.mark.one_version
 def test_triton_merges_any_number_of_parts():
     programs = 3 * (buffer_attention_triton.PARTS + 8)
     many = triton_blocks.BufferBlocks(programs=programs, keys=16, rows=16, num_warps=4)

@@ -12,6 +12,8 @@ from tpu_models import CHUNK, MODELS, TOKENS, WINDOW
 
 from retention_jax.kernels import blocks
 
+pytestmark = pytest.mark.slow  # compiles every Pallas kernel for four TPUs
+
 pytest.importorskip("libtpu")
 SCRIPT = pathlib.Path(__file__).parent / "compile_tpu.py"
 ATTENTION = ("forward", "dq", "dkv")
@@ -22,9 +24,9 @@ ATTENTION = ("forward", "dq", "dkv")
     "topology, name",
     [
         ("v6e:2x2", "qwen3_14b"),
-        pytest.param("v5e:2x2", "llama_1b", marks=pytest.mark.slow),
-        pytest.param("v5p:2x2x1", "phi3_mini", marks=pytest.mark.slow),
-        pytest.param("tpu7x:2x2x1", "gemma2_9b", marks=pytest.mark.slow),
+        pytest.param("v5e:2x2", "llama_1b", marks=pytest.mark.one_version),
+        pytest.param("v5p:2x2x1", "phi3_mini", marks=pytest.mark.one_version),
+        pytest.param("tpu7x:2x2x1", "gemma2_9b", marks=pytest.mark.one_version),
     ],
 )
 def test_kernels_compile(topology, name):

@@ -8,13 +8,15 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # compiles every Triton kernel for two GPUs
+
 pytest.importorskip("triton")
 SCRIPT = pathlib.Path(__file__).parent / "compile_triton.py"
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may use (CUDA C++ programming guide, compute capabilities)
 KERNELS = {"forward", "gradient_of_queries", "gradients_of_keys", "backward", "attend", "merge", "pack"}
 
 
-@pytest.mark.slow
+@pytest.mark.one_version
 def test_kernels_compile():
     # A process of its own: here Triton interprets.
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}

@@ -124,6 +124,7 @@ def test_an_eviction_by_hand():
     assert rows.tolist() == [[11, 13, 14]] and offset.tolist() == [[0, 2, 3]]
 
 
+@pytest.mark.slow  # interprets every kernel inside a model
 @pytest.mark.parametrize("kernels", ["tpu", "triton"])
 def test_a_model_reads_and_evicts_with_kernels(forced, monkeypatch, kernels):
     monkeypatch.setattr(triton_call, "check_available", lambda: None)

@@ -22,7 +22,7 @@ from retention_jax.kernels import (
     triton_blocks,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 # Blocks so small that 300 tokens are three of them, the last one not full.
 TPU = partial(retention_attention_tpu.retention_attention, blocks=blocks.AttentionBlocks(tokens=128, stripe=128))

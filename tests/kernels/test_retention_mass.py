@@ -15,7 +15,7 @@ from mass_cases import make, value_and_grad
 from retention_jax.kernels import reference, retention_mass_tpu, retention_mass_triton, retention_mass_xla
 from retention_jax.kernels.blocks import MassBlocks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 # Eight rows of 128 tokens are the smallest chunk: 1500 tokens are two, the second not full.
 TPU = partial(retention_mass_tpu.retention_mass, blocks=MassBlocks(rows=8))

@@ -9,7 +9,7 @@ from mass_cases import value_and_grad
 from retention_jax.kernels import block_pairs, blocks, retention_attention_tpu, retention_mass_tpu
 from retention_jax.kernels.blocks import AttentionBlocks, MassBlocks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.one_version
 
 SMALL = AttentionBlocks(tokens=128, stripe=128)
 
