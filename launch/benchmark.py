@@ -155,8 +155,8 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
         # jax cannot read back a program for a device that is not there.
         jax.config.update("jax_enable_compilation_cache", False)
     for name in ("output", "plot"):  # before the work, so that a bad path costs no time
-        if values[name].value and not pathlib.Path(values[name].value).expanduser().parent.is_dir():
-            raise ValueError(f"--{name} must be a file in a folder that is there, got {values[name].value!r}")
+        if (path := values[name].value) and not pathlib.Path(str(path)).expanduser().parent.is_dir():
+            raise ValueError(f"--{name} must be a file in a folder that is there, got {path!r}")
     given, content = make_settings(values), dict[str, Any](about=report.about(sys.argv[1:]))
     if topology:
         content["about"]["device"] = f"estimate for one device of {topology}"

@@ -331,7 +331,7 @@ def optax_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
     state, rates = optimizer.init(jnp.ones(())), []
     for _ in range(steps):
         update, state = optimizer.update(jnp.ones(()), state, jnp.ones(()))
-        rates.append(-float(update))
+        rates.append(-float(np.asarray(update)))
     return np.array(rates)
 
 

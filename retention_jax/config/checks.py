@@ -69,7 +69,7 @@ def convert(value: Any, hint: Any) -> Any:
         return None if value is None else MISMATCH
     if hint in (int, float) and type(value) is not hint:
         wanted = numbers.Integral if hint is int else numbers.Real
-        return hint(value) if isinstance(value, wanted) and not isinstance(value, bool) else MISMATCH
+        return hint(typing.cast(Any, value)) if isinstance(value, wanted) and not isinstance(value, bool) else MISMATCH
     return value if isinstance(value, hint) else MISMATCH
 
 

@@ -30,10 +30,10 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "config") -> C:
                 kept[name] = from_dict(nested, value, f"{where}.{name}")
             except ValueError as error:
                 problems.append(str(error))
-        elif checks.convert(value, hints[name]) is checks.MISMATCH:
+        elif (converted := checks.convert(value, hints[name])) is checks.MISMATCH:
             problems.append(checks.mismatch(f"{where}.{name}", value, hints[name]))
         else:
-            kept[name] = value
+            kept[name] = converted
     fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]  # C is always a dataclass
     nothing = dataclasses.MISSING
     required = [f.name for f in fields if f.default is nothing and f.default_factory is nothing]
