@@ -32,7 +32,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if self.policy not in POLICIES:
-            full = "; for a cache that keeps everything, use CacheConfig.full(tokens)" * (self.policy == "full")
+            full = "; for a cache that keeps everything, use CacheConfig.full(tokens)" * (self.policy == table.FULL)
             raise ConfigError("CacheConfig", [table.unknown(self.policy) + full])
         reserved = max(self.protect_first + self.protect_last, self.min_per_head)
         least = self.row.least_in_a_head(self.budget, self.newest)

@@ -4,6 +4,7 @@ import dataclasses
 
 from retention_jax.config.cache import CacheConfig
 from retention_jax.config.checks import check_types, require
+from retention_jax.policies.table import FULL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,7 @@ class EvalConfig:
     """
 
     tasks: tuple[str, ...] = ("recall",)  # () evaluates nothing
-    policies: tuple[str, ...] = ("full", CacheConfig.policy)  # names as in `evaluation/buffers.py`
+    policies: tuple[str, ...] = (FULL, CacheConfig.policy)  # names as in `evaluation/buffers.py`
     budgets: tuple[int, ...] = (16, 32, 48)
     lengths: tuple[int, ...] = (192, 768)
     recent: int = 8  # cache: tokens between two evictions

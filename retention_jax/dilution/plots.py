@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from retention_jax.evaluation import plots
 from retention_jax.evaluation.rows import interval
+from retention_jax.policies.table import FULL
 
 
 class Result(NamedTuple):
@@ -28,6 +29,11 @@ class Result(NamedTuple):
     crowd: Float[np.ndarray, "L N"]  # other tokens seen for each useful one
     queries: int  # of all seeds
 
+    @property
+    def is_full(self) -> bool:
+        """Whether everything was kept."""
+        return self.policy == FULL
+
 
 # A line for each budget, the largest solid; a colour and marker for each policy, black for the full cache.
 _STYLES = ("-", "--", ":", "-.")
@@ -40,7 +46,7 @@ def figure(results: Sequence[Result], path: str | os.PathLike) -> None:
     layer and query head under each policy's largest budget. Bars are 95 % intervals over seeds.
     """
     layers, heads = results[0].margin.shape
-    lines = list(dict.fromkeys((r.policy, r.budget if r.policy != "full" else 0) for r in results))
+    lines = list(dict.fromkeys((r.policy, r.budget if not r.is_full else 0) for r in results))
     most = max(budget for _, budget in lines)
     shown = Figure(figsize=(12.0, 4.6 + 1.9 * layers), layout="constrained")
     halves: Any = shown.subfigures(2, 1, height_ratios=(4.0, 0.3 + 1.9 * layers))  # typed as one figure, is two
@@ -55,12 +61,12 @@ def figure(results: Sequence[Result], path: str | os.PathLike) -> None:
         axes.set_ylabel(name)
         axes.set_ylim(0, 1.02 if axes is dilution else 102)
         axes.set_xlabel("context length (tokens)")
-    first = next((policy for policy, _ in lines if policy != "full"), "full")
-    _margins(margin, [r for r in results if r.policy == "full" or (r.policy, r.budget) == (first, most)], lines)
+    first = next((policy for policy, _ in lines if policy != FULL), FULL)
+    _margins(margin, [r for r in results if r.is_full or (r.policy, r.budget) == (first, most)], lines)
     margin.set_title(f"layer {layers - 1}, queries that see some of their fact", fontsize=9)
     below.suptitle(f"Dilution by layer and query head, {most} entries kept per layer and head", fontsize=10)
     panels = below.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
-    widest = [line for line in lines if line[0] == "full" or line[1] == most]
+    widest = [line for line in lines if line[0] == FULL or line[1] == most]
     for layer, row in enumerate(panels):
         for head, axes in enumerate(row):
             _against_length(axes, results, widest, lambda r, at=(layer, head): r.dilution[:, *at], lines)
@@ -76,8 +82,8 @@ def figure(results: Sequence[Result], path: str | os.PathLike) -> None:
 def message(results: Sequence[Result]) -> str:
     """The first evicting policy at its largest budget beside the full cache, at the greatest length."""
     here = [r for r in results if r.length == max(r.length for r in results)]
-    full = next((r for r in here if r.policy == "full"), None)
-    others = [r for r in here if r.policy != "full"]
+    full = next((r for r in here if r.is_full), None)
+    others = [r for r in here if not r.is_full]
     if full is None or not others:
         return f"Recall: attention off the fact asked for, up to {here[0].length} tokens"
     one = max((r for r in others if r.policy == others[0].policy), key=lambda r: r.budget)
@@ -92,8 +98,8 @@ def message(results: Sequence[Result]) -> str:
 def _look(line: tuple[str, int], lines: Sequence[tuple[str, int]]) -> dict[str, Any]:
     """Colour, marker and style of a policy with a budget, the same in every panel."""
     policy, budget = line
-    policies = list(dict.fromkeys(policy for policy, _ in lines if policy != "full"))
-    if policy == "full":
+    policies = list(dict.fromkeys(policy for policy, _ in lines if policy != FULL))
+    if policy == FULL:
         return {"color": "black", "marker": "*", "linestyle": "-", "label": "full cache"}
     i, budgets = policies.index(policy), sorted({budget for _, budget in lines if budget}, reverse=True)
     return {
@@ -132,7 +138,7 @@ def _margins(axes: Axes, results: Sequence[Result], lines: Sequence[tuple[str, i
     """Margin against crowd, a point for each length, and the margins that given dilutions need."""
     for policy in dict.fromkeys(r.policy for r in results):
         mine = sorted((r for r in results if r.policy == policy), key=lambda r: r.length)
-        line = (policy, 0 if policy == "full" else mine[0].budget)
+        line = (policy, 0 if policy == FULL else mine[0].budget)
         crowd, margin = (np.array([np.mean(of(r)[-1]) for r in mine]) for of in (lambda r: r.crowd, lambda r: r.margin))
         axes.plot(crowd, margin, markersize=5, linewidth=1.2, **_look(line, lines))
     low, high = axes.get_xlim()

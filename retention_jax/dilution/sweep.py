@@ -17,10 +17,10 @@ from retention_jax.dilution import plots
 from retention_jax.dilution.measure import measure
 from retention_jax.dilution.plots import Result
 from retention_jax.evaluation import buffers, devices, plan, sequences
-from retention_jax.evaluation.buffers import FULL
 from retention_jax.evaluation.rows import interval
 from retention_jax.models.decoder import Decoder
 from retention_jax.parallel import distributed, sharding
+from retention_jax.policies.table import FULL
 from retention_jax.runtime import files
 
 
@@ -145,7 +145,7 @@ def table(results: Sequence[Result]) -> str:
         ("", "accuracy %", *(f"dilution, layer {i}" for i in range(layers)), f"off all facts, layer {layers - 1}")
     ]
     for r in results:
-        name = "full cache" if r.policy == FULL else f"{r.policy.replace('_', ' ')}, {r.budget} kept"
+        name = "full cache" if r.is_full else f"{r.policy.replace('_', ' ')}, {r.budget} kept"
         by_layer = [r.dilution[:, i].mean(axis=-1) for i in range(layers)] + [r.off_facts[:, -1].mean(axis=-1)]
         lines.append((name, _shown(100 * r.accuracy, 1), *(_shown(d, 3) for d in by_layer)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -14,13 +14,13 @@ from retention_jax.cache import full_nbytes
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig, EvalConfig
 from retention_jax.evaluation import buffers, devices, prompts
-from retention_jax.evaluation.buffers import FULL
 from retention_jax.evaluation.journal import Result, Unit
 from retention_jax.evaluation.prompts import Prompt, num_tokens
 from retention_jax.evaluation.rows import Row, interval
 from retention_jax.generation import decoding, runs
 from retention_jax.models.decoder import Decoder
 from retention_jax.parallel import sharding
+from retention_jax.policies.table import FULL
 from retention_jax.tasks.example import Task
 from retention_jax.text import chat
 from retention_jax.text.tokenizer import Tokenizer

@@ -8,9 +8,8 @@ import dataclasses
 from typing import Any
 
 from retention_jax.config import CacheConfig, EvalConfig
-from retention_jax.policies.table import POLICIES, Policy
+from retention_jax.policies.table import FULL, POLICIES, Policy
 
-FULL = "full"
 _LOCAL = "_local"
 
 # Options of the cache that an EvalConfig holds. The seed is not among them: it also says which sequences there are.

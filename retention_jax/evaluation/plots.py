@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from retention_jax.evaluation.rows import Row, in_bytes, lower_is_better, named, number, shown
+from retention_jax.policies.table import FULL
 
 # Colours that the colour-blind can tell apart (Okabe & Ito, https://jfly.uni-koeln.de/color/); markers differ as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -35,7 +36,7 @@ def quality(rows: Sequence[Row], path: str | os.PathLike) -> None:
     Raises:
       ValueError: on no rows, or rows of several tasks.
     """
-    budgets = sorted({row.budget for row in rows if row.policy != "full"})
+    budgets = sorted({row.budget for row in rows if not row.is_full})
 
     def draw(axes: Axes, here: Sequence[Row], policies: Sequence[str]) -> dict[str, Any]:
         axes.set_xlim(*_around(budgets or [row.length for row in here]))
@@ -46,10 +47,10 @@ def quality(rows: Sequence[Row], path: str | os.PathLike) -> None:
             mine = sorted((row for row in here if row.policy == policy), key=lambda row: row.budget)
             at = [row.budget * 2 ** (step * (i - (len(policies) - 1) / 2)) for row in mine]
             drawn[policy] = _scores(axes, at, mine, line_style(i))
-        for full in (row for row in here if row.policy == "full"):
+        for full in (row for row in here if row.is_full):
             low, high = (shown(full.metric, x) for x in (full.low, full.high))
             axes.axhspan(low, high, color="0.5", alpha=0.2, linewidth=0)
-            drawn["full"] = axes.axhline(shown(full.metric, full.score), color="black", linestyle="--", linewidth=1.2)
+            drawn[FULL] = axes.axhline(shown(full.metric, full.score), color="black", linestyle="--", linewidth=1.2)
             axes.set_title(f"{full.length} tokens (full cache {number(full.metric, full.score)})", fontsize=10)
         axes.xaxis.set_major_locator(FixedLocator(budgets))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
@@ -76,9 +77,9 @@ def memory(rows: Sequence[Row], path: str | os.PathLike) -> None:
 
         axes.set_xlim(*_around([row.kv_bytes for row in here]))
         drawn = {policy: line(policy, line_style(i)) for i, policy in enumerate(policies)}
-        for full in (row for row in here if row.policy == "full"):
+        for full in (row for row in here if row.is_full):
             axes.axhline(shown(full.metric, full.score), color="black", linestyle="--", linewidth=1.0)
-            drawn["full"] = line("full", {"color": "black", "marker": "*"})
+            drawn[FULL] = line(FULL, {"color": "black", "marker": "*"})
         axes.xaxis.set_major_locator(LogLocator(base=4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: in_bytes(x)))
         return drawn
@@ -98,7 +99,7 @@ def _by_length(
     if len({row.task for row in rows}) != 1:
         raise ValueError(f"a figure shows the rows of one task, got {sorted({row.task for row in rows})}")
     lengths = sorted({row.length for row in rows})
-    policies = list(dict.fromkeys(row.policy for row in rows if row.policy != "full"))
+    policies = list(dict.fromkeys(row.policy for row in rows if not row.is_full))
     figure = Figure(figsize=(max(1.6 + 3.4 * len(lengths), 7.0), 4.0), layout="constrained")
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     drawn: dict[str, Any] = {}
@@ -114,7 +115,7 @@ def _by_length(
     panels[0].set_ylabel(named(rows[0].metric))
     figure.supxlabel(x_label, fontsize=10)
     figure.suptitle(title(rows), fontsize=11, fontweight="bold")
-    labels = ["full cache" if policy == "full" else policy.replace("_", " ") for policy in drawn]
+    labels = ["full cache" if policy == FULL else policy.replace("_", " ") for policy in drawn]
     figure.legend(list(drawn.values()), labels, loc="outside right center", frameon=False)
     figure.savefig(path, dpi=200, format="png")
 
@@ -154,8 +155,8 @@ def message(rows: Sequence[Row]) -> str:
     length = max(row.length for row in rows)
     here = [row for row in rows if row.length == length]
     fewer_is_better = lower_is_better(here[0].metric)
-    evicting = [row for row in here if row.policy != "full" and row.budget < length]
-    full = next((row for row in here if row.policy == "full"), None)
+    evicting = [row for row in here if not row.is_full and row.budget < length]
+    full = next((row for row in here if row.is_full), None)
     where = f"{here[0].task} at {length} tokens"
     if not evicting:
         return f"{where}: the full cache"

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import scipy.special
 
+from retention_jax.policies.table import FULL
 from retention_jax.runtime import files
 
 
@@ -44,6 +45,11 @@ class Row(NamedTuple):
     cut: int  # problems whose prompts were too long for the model and were cut as the task's authors do
     options: dict[str, Any]  # fields of CacheConfig, beside policy and budget, that the policy ran with
     made_by: list[str]  # every `made_by()` that computed a part of it: a run may go on with other code
+
+    @property
+    def is_full(self) -> bool:
+        """Whether everything was kept."""
+        return self.policy == FULL
 
 
 _PACKAGES = ("jax", "flax", "retention_jax", "math-verify")
@@ -95,17 +101,17 @@ def interval(scores: Sequence[float]) -> tuple[float, float, float]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows of one task and length as text: policies down, budgets across, the full cache on its own line."""
-    first, budgets = rows[0], sorted({row.budget for row in rows if row.policy != "full"})
+    first, budgets = rows[0], sorted({row.budget for row in rows if not row.is_full})
     found = {(row.policy, row.budget): _cell(row) for row in rows}
     lines = [("kept per layer and head", *map(str, budgets))]
-    for policy in dict.fromkeys(row.policy for row in rows if row.policy != "full"):
+    for policy in dict.fromkeys(row.policy for row in rows if not row.is_full):
         lines.append((policy, *(found.get((policy, budget), "") for budget in budgets)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     cut = f"; {first.cut} of {first.n} prompts were too long and are cut" if first.cut else ""
     text = [f"{first.task}, {first.length} tokens: {named(first.metric)}{_spread(first)}{cut}"]
     if budgets:
         text += ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    text += [f"{'full cache'.ljust(widths[0])}  {_cell(row)}" for row in rows if row.policy == "full"]
+    text += [f"{'full cache'.ljust(widths[0])}  {_cell(row)}" for row in rows if row.is_full]
     return "\n".join(text)
 
 

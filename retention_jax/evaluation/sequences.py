@@ -19,14 +19,13 @@ from retention_jax.cache import full_nbytes
 from retention_jax.config import CacheConfig, DataConfig, EvalConfig
 from retention_jax.data import perplexity, pipeline, recall
 from retention_jax.evaluation import buffers, devices
-from retention_jax.evaluation.buffers import FULL
 from retention_jax.evaluation.journal import Result, Unit
 from retention_jax.evaluation.rows import Row, interval
 from retention_jax.generation import scoring
 from retention_jax.generation.scoring import Scores, StreamPrograms
 from retention_jax.models.decoder import Decoder
 from retention_jax.parallel import sharding
-from retention_jax.policies.table import POLICIES
+from retention_jax.policies.table import FULL, POLICIES
 from retention_jax.text.tokenizer import Tokenizer
 
 TASKS = ("recall", "text", "perplexity")

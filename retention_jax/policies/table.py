@@ -16,6 +16,7 @@ from retention_jax.policies import scores
 from retention_jax.policies.scores import STREAMING_SINKS
 
 DEFAULT = "retention"
+FULL = "full"  # how commands and results call the cache that keeps everything, which is no policy
 
 
 class Options(NamedTuple):

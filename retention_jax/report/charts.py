@@ -44,7 +44,7 @@ class Panel(NamedTuple):
 
 def quality(rows: Sequence[Row], policies: Sequence[str]) -> Panel:
     """Score against budget, for the rows of one task and length."""
-    budgets = sorted({row.budget for row in rows if row.policy != "full"})
+    budgets = sorted({row.budget for row in rows if not row.is_full})
     x_ticks = [(float(budget), str(budget)) for budget in budgets]
     return _panel(
         rows, policies, "kept entries per layer and head", lambda row: float(row.budget), x_ticks, full_has_x=False
@@ -70,8 +70,8 @@ def _panel(
     full_has_x: bool,
 ) -> Panel:
     first = rows[0]
-    others = [row for row in rows if row.policy != "full"]
-    full = next((row for row in rows if row.policy == "full"), None)
+    others = [row for row in rows if not row.is_full]
+    full = next((row for row in rows if row.is_full), None)
     xs = [math.log2(x_of(row)) for row in others] + [math.log2(x) for x, _ in x_ticks] or [0.0]
     room = 0.06 * (max(xs) - min(xs)) or 0.5
     to_x = _scale(min(xs) - room, max(xs) + room, LEFT, WIDTH - RIGHT)
@@ -82,7 +82,7 @@ def _panel(
 
     def point(row: Row, x: float) -> Point:
         interval = f" ({number(row.metric, row.low)} to {number(row.metric, row.high)})" if row.low < row.high else ""
-        what = "full cache" if row.policy == "full" else f"{row.policy.replace('_', ' ')}, {row.budget} entries"
+        what = "full cache" if row.is_full else f"{row.policy.replace('_', ' ')}, {row.budget} entries"
         title = f"{what}: {named(row.metric)} {number(row.metric, row.score)}{interval}, {in_bytes(row.kv_bytes)}"
         y, low, high = (round(at_y(score), 1) for score in (row.score, row.low, row.high))
         return Point(round(x, 1), y, low, high, title)

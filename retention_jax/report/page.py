@@ -119,7 +119,7 @@ def build(found: Results, title: str, most: int) -> str:
         left out above that, and the page says so.
     """
     rows = found.rows
-    policies = list(dict.fromkeys(row.policy for row in rows if row.policy != "full"))
+    policies = list(dict.fromkeys(row.policy for row in rows if not row.is_full))
     blocks = [
         [row for row in rows if (row.task, row.length) == key]
         for key in dict.fromkeys((r.task, r.length) for r in rows)
