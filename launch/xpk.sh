@@ -11,8 +11,8 @@
 # create makes the cluster and mounts the bucket B at /bucket in every workload: all processes need one folder for
 # checkpoints. run puts this repository into an image, without what .dockerignore names, and starts it; when a pod is
 # preempted or killed GKE starts all again, up to --max_restarts times, from the newest checkpoint. An error that the
-# training raises itself, as of a wrong set-up, has exit status 1 and ends the workload. stop gives pods five minutes to
-# save. --dry_run prints the commands only.
+# training raises itself, as of a wrong set-up, has exit status 1 or 2 and ends the workload. stop gives pods five
+# minutes to save. --dry_run prints the commands only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -265,7 +265,7 @@ def test_wrong_set_ups_are_one_error_before_the_model(folder, tmp_path, differs,
         ["sh", "-c", script.replace('"$0"', f"{python} {' '.join(arguments[:3])}"), "sh", *arguments[3:]],
         devices=1,
     )
-    assert running.wait(timeout=120) == 1
+    assert running.wait(timeout=120) == 2
     told = (tmp_path / "log").read_text()
     assert re.search(message, told), told[-3000:]
     assert "training gates" not in told

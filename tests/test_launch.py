@@ -231,7 +231,9 @@ def test_a_failure_at_the_start_is_tried_twice_and_ends_with_its_error(tmp_path)
     with local("[[ $* = *process_id=1 ]] && kill -9 $$; sleep 60", "--max_restarts=2") as running:
         assert "starting all 2 again, 2 of 2" in running.communicate(timeout=20)[0] and running.returncode == 137
     text = (LAUNCH / "local.py").read_text()
-    (tmp_path / "local.py").write_text(text.replace("_SOON = 60", "_SOON = 0"))
+    (tmp_path / "local.py").write_text(
+        text.replace("_SOON = 60", "_SOON = 0").replace("__file__", repr(str(LAUNCH / "local.py")))
+    )
     with local(fails, "--max_restarts=2", launcher=tmp_path / "local.py") as running:
         assert "starting all 2 again, 2 of 2" in running.communicate(timeout=20)[0] and running.returncode == 3
 
