@@ -2,16 +2,19 @@
 
 import importlib
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from absl import flags
 from helpers import environment
 
-from retention_jax import train
+from retention_jax import evaluate, train
 from retention_jax.data import show
+from retention_jax.dilution import __main__ as dilution
 from retention_jax.report import __main__ as report
 from retention_jax.report import trace
 from retention_jax.runtime import command, files
@@ -114,9 +117,49 @@ TRACE = (
     ([*OUT, RECALL, "--seed=x"], "--seed=x"),
     ([*OUT, RECALL, "--recent=0"], "recent must be at least 1, got 0"),
 )
+SCORE = (  # of evaluate and of dilution
+    ([], "--config is needed"),
+    (["--config=nowhere.py"], "--config=nowhere.py: No such file or directory"),
+    ([RECALL], "--checkpoint must name a gate folder or a training workdir"),
+    ([RECALL, "--checkpoint=/nowhere"], "/nowhere"),
+    ([RECALL, "--policies=retentoin"], "unknown policy 'retentoin'"),
+    ([RECALL, "--budgets=8,x"], "--budgets must be whole numbers separated by commas, got 'x'"),
+    ([RECALL, "--budgets=0"], "budgets must be at least 1"),
+    ([RECALL, "--lengths=1"], "lengths must be at least 2"),
+    ([RECALL, "--policies=full,streaming", "--config.eval.horizon=8"], "horizon=8"),
+    ([RECALL, "--config.eval.observ=8"], "has no field 'observ'"),
+    ([RECALL, "extra"], "unexpected arguments: ['extra']"),
+)
+# As a program, not imported: `retention_jax.generate` is the function.
+generate = types.SimpleNamespace(
+    **{**runpy.run_module("retention_jax.generate", run_name="command"), "__name__": "generate"}
+)
+MODEL = ["--model=builtin:recall", "--prompt=a"]
+GENERATE = (
+    ([], "--model is needed"),
+    (MODEL, "--budget is needed"),
+    ([*MODEL, "--budget=0"], "budget must be at least 1, got 0"),
+    ([*MODEL, "--budget=8", "--policy=snapvk"], "the nearest is 'snapkv'"),
+    ([*MODEL, "--budget=8", "--horizon=0"], "horizon must be at least 1, got 0"),
+    ([*MODEL, "--budget=8", "--policy=streaming", "--horizon=4"], "horizon belongs to the policies retention"),
+    ([*MODEL, "--budget=8", "--chat"], "give one of --prompt, --chat, or --prompts together with --output"),
+    ([*MODEL, "--budget=8", "--policy=streaming", "--mesh=rows:8"], "--mesh must be as in data:2,fsdp:4"),
+    (["--model=/nowhere", "--prompt=a", "--budget=8", "--policy=streaming"], "/nowhere: no such checkpoint folder"),
+    ([*MODEL, "--budget=8", "--temperatur=1"], "Unknown command line flag 'temperatur'"),
+    ([*MODEL, "--budget=8", "extra"], "unexpected arguments: ['extra']"),
+)
+COMMANDS = (
+    (train, TRAIN),
+    (show, SHOW),
+    (report, REPORT),
+    (trace, TRACE),
+    (evaluate, SCORE),
+    (dilution, SCORE),
+    (generate, GENERATE),
+)
 CASES = [
     pytest.param(module, arguments, told, id=f"{module.__name__}-{i}")
-    for module, cases in ((train, TRAIN), (show, SHOW), (report, REPORT), (trace, TRACE))
+    for module, cases in COMMANDS
     for i, (arguments, told) in enumerate(cases)
 ]
 
