@@ -120,6 +120,8 @@ def make_writer(values: flags.FlagValues) -> Writer:
         template_kwargs=_template_kwargs(values),
     )
     conversation.check(writer)
+    if values["seed"].present and not writer.drawing["temperature"] and not POLICIES[cache.policy].seeded:
+        logging.warning("--seed changes nothing: tokens are greedy (--temperature, --top_p), and so is the policy")
     return writer
 
 

@@ -146,7 +146,7 @@ def model_config(raw: dict[str, Any], dtype: str, *, where: str | os.PathLike) -
     try:
         return from_dict(ModelConfig, fields, where="config.json")
     except ValueError as error:
-        told = re.sub(r"config\.json\.", "", str(error)).removeprefix("ModelConfig: ")
+        told = re.sub(r"config\.json\.", "", str(error)).removeprefix("config.json: ")
         told = re.sub(r"\b(?:" + "|".join(FILE_NAMES) + r")\b", lambda found: FILE_NAMES[found[0]], told)
         raise ValueError(f"{where}: " + "; ".join(told.split("\n"))) from None
 
