@@ -1,4 +1,4 @@
-"""The public PyTorch implementation's outputs on tiny models (../shared/golden, described in its README).
+"""The public PyTorch implementation's outputs on tiny models (tests/golden, described in its README).
 
 Model a has local gates and budgets, model b global ones. Not met by design: `min4*` and `thrmin3`, whose minimum per
 head is another rule than ours.
@@ -22,11 +22,7 @@ from retention_jax.kernels import ops
 from retention_jax.models import decoder
 from retention_jax.models.gate import GateParam
 
-GOLDEN = pathlib.Path(__file__).parents[2] / "shared" / "golden"
-pytestmark = [
-    pytest.mark.one_version,
-    pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden runs are not at {GOLDEN}"),
-]
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 PREFILL, STEPS = 64, 33  # a prompt, then one token at a time; step 0 is after the prompt
 FREE = 96  # a budget that never binds
