@@ -146,7 +146,9 @@ def prompt_tokens(
     """
     if not writer.template:
         if not isinstance(prompt, str) or system or tools:
-            raise ValueError("messages need the chat template, and so do system and tools; only plain text can go without")
+            raise ValueError(
+                "messages need the chat template, and so do system and tools; only plain text can go without"
+            )
         ids = writer.tokenizer.encode(prompt, bos=True)
     else:
         messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
