@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import retention_jax as rj
-from retention_jax import cache as cache_lib
+from retention_jax.cache import empty, evict_full
 from retention_jax.cache.buffer import Buffer
 from retention_jax.generation import decoding
 from retention_jax.models.inputs import Inputs
@@ -67,7 +67,7 @@ def _eviction_seconds(buffer: Buffer, repeats: int) -> tuple[float, Buffer]:
 
 def evict_window(buffer: Buffer) -> Buffer:
     """One eviction, as if every row's recent window were full."""
-    return cache_lib.evict_full(buffer._replace(recent_len=jnp.full_like(buffer.recent_len, buffer.config.recent)))
+    return evict_full(buffer._replace(recent_len=jnp.full_like(buffer.recent_len, buffer.config.recent)))
 
 
 def prefill(settings: Settings, ceilings: Ceilings) -> Iterator[Row]:
@@ -88,7 +88,7 @@ def prefill(settings: Settings, ceilings: Ceilings) -> Iterator[Row]:
 
 def _arguments(settings: Settings, cache: rj.CacheConfig, batch: int, tokens: int) -> tuple:
     """Of `decode_step` and `read_chunk`, but for the model's place: the buffer comes first, since it is donated."""
-    buffer = cache_lib.empty(settings.model, cache, batch)
+    buffer = empty(settings.model, cache, batch)
     return buffer, new_model(settings), jnp.zeros((batch, tokens), jnp.int32), jnp.ones((batch, tokens), bool)
 
 
@@ -115,9 +115,9 @@ def decode_cases(settings: Settings) -> Iterator[Case]:
             work = decoding_work(settings, batch, min(context, cache.budget) + settings.recent / 2)
             yield Case(labels | {"what": f"{name}, step"}, _step, args, batch, work, donates=True)
             entries = batch * settings.heads * (2 * cache.budget + settings.recent)  # read all, write the pool
-            empty = functools.partial(lambda *a: (cache_lib.empty(*a),), settings.model, cache, batch)
+            make = functools.partial(lambda *a: (empty(*a),), settings.model, cache, batch)
             work = Work(0.0, entries * settings.entry_bytes)
-            yield Case(labels | {"what": f"{name}, eviction"}, _eviction, empty, batch, work, donates=True)
+            yield Case(labels | {"what": f"{name}, eviction"}, _eviction, make, batch, work, donates=True)
 
 
 def prefill_cases(settings: Settings) -> Iterator[Case]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from retention_jax import cache as cache_room
+from retention_jax.cache import append, empty, evict_full, queries_wanted, take_in
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
 from retention_jax.models import decoder
@@ -59,9 +59,9 @@ def read_chunk(
     Returns:
       The final hidden states of the chunk, and the buffer with the chunk in it.
     """
-    wanted = cache_room.queries_wanted(buffer.config, inputs.tokens.shape[1])
+    wanted = queries_wanted(buffer.config, inputs.tokens.shape[1])
     read, valid = decoder.extend(model, inputs, buffer, queries=wanted, length=length), jnp.asarray(inputs.valid)
-    return read.hidden, cache_room.take_in(buffer, read.entries, valid, read.queries, outlook, prompt=prompt)
+    return read.hidden, take_in(buffer, read.entries, valid, read.queries, outlook, prompt=prompt)
 
 
 def decode_step(
@@ -71,9 +71,9 @@ def decode_step(
 
     An inactive row takes nothing in. Its logits mean nothing.
     """
-    inputs, wanted = Inputs(tokens[:, None], active[:, None]), cache_room.queries_wanted(buffer.config, 1)
+    inputs, wanted = Inputs(tokens[:, None], active[:, None]), queries_wanted(buffer.config, 1)
     read = decoder.extend(model, inputs, buffer, queries=wanted)
-    return decoder.unembed(model, read.hidden[:, 0]), cache_room.append(buffer, read.entries, active, read.queries)
+    return decoder.unembed(model, read.hidden[:, 0]), append(buffer, read.entries, active, read.queries)
 
 
 @functools.partial(jax.jit, donate_argnames=("buffer", "last"))
@@ -116,7 +116,7 @@ def prefill(
     least = 1 if buffer is None else 0
     if T < 1 or count.shape != (B,) or count.min() < least or count.max() > T:
         raise ValueError(f"lengths must be {B} numbers from {least} to T={T}, T at least 1; got {count.tolist()}")
-    held = cache_room.empty(model.config, cache, B) if buffer is None else buffer
+    held = empty(model.config, cache, B) if buffer is None else buffer
     if held.config != cache or held.seen.shape != (B,):
         raise ValueError(
             f"the buffer to continue must have the batch size and configuration of this call, {B} and {cache}; "
@@ -152,7 +152,7 @@ def evict_if_full(buffer: Buffer) -> Buffer:
     It is a loop of one turn or none, since a conditional would copy the pool where nothing is evicted.
     """
     with jax.named_scope("evict"):  # for profiles, and for the test that nothing else writes a pool
-        return jax.lax.while_loop(is_full, cache_room.evict_full, buffer)
+        return jax.lax.while_loop(is_full, evict_full, buffer)
 
 
 def is_full(buffer: Buffer) -> Bool[Array, ""]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from retention_jax import cache as cache_room
+from retention_jax.cache import full_nbytes
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
 from retention_jax.generation import decoding, sampling
@@ -175,7 +175,7 @@ def _stats(
         "live": float(sharding.on_host(buffer.live).sum()),
         "full_live": float(seen * cfg.num_layers * cfg.num_kv_heads),
         "kv_bytes": float(buffer.nbytes),
-        "full_kv_bytes": float(cache_room.full_nbytes(cfg, seen)),
+        "full_kv_bytes": float(full_nbytes(cfg, seen)),
     }
 
 

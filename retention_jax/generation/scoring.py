@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from retention_jax import cache as cache_room
+from retention_jax.cache import empty, window_sizes
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
 from retention_jax.generation.decoding import read_chunk
@@ -61,9 +61,9 @@ def score_stream(
       ValueError: when batch or budget do not fit the mesh that the model is on.
     """
     with sharding.enter_mesh_of(model):
-        empty = functools.partial(cache_room.empty, model.config, cache, tokens.shape[0])
+        make = functools.partial(empty, model.config, cache, tokens.shape[0])
         outlook = functools.partial(_outlook, cache=cache) if cache.row.needs_future else None
-        scores, buffer = StreamPrograms(cache.recent, empty, outlook, _score_chunk).read(model, tokens, lengths)
+        scores, buffer = StreamPrograms(cache.recent, make, outlook, _score_chunk).read(model, tokens, lengths)
         together = lambda parts: jnp.concatenate(parts, axis=1)[:, : tokens.shape[1] - 1]
         return Scores(*map(together, zip(*scores, strict=True))), buffer
 
@@ -105,15 +105,15 @@ def compile_stream(
     with sharding.enter_mesh_of(model):
         R = cache.recent
         chunks = -(-length // R)
-        empty = jax.jit(functools.partial(cache_room.empty, model.config, cache, batch)).lower().compile()
+        make = jax.jit(functools.partial(empty, model.config, cache, batch)).lower().compile()
         tokens, valid = np.zeros((batch, chunks * R + 1), np.int32), np.ones((batch, chunks * R), bool)
         outlook, known = None, None
         if cache.row.needs_future:
             outlook = _outlook.lower(model, tokens[:, :-1], valid, cache=cache).compile()
             known = jax.lax.dynamic_index_in_dim(outlook(model, tokens[:, :-1], valid), 0, keepdims=False)
-        chunk = _score_chunk.lower(model, empty(), tokens[:, : R + 1], valid[:, :R], known).compile()
-    programs = [program for program in (empty, outlook, chunk) if program is not None]
-    return StreamPrograms(R, empty, outlook, chunk), programs
+        chunk = _score_chunk.lower(model, make(), tokens[:, : R + 1], valid[:, :R], known).compile()
+    programs = [program for program in (make, outlook, chunk) if program is not None]
+    return StreamPrograms(R, make, outlook, chunk), programs
 
 
 @functools.partial(jax.jit, donate_argnames="buffer")
@@ -142,9 +142,9 @@ def _outlook(
     Ranking by it is the oracle: greedy on the full cache's attention, and so not the best that could be kept.
     """
     (B, T), cfg, R = tokens.shape, model.config, cache.recent
-    nothing = cache_room.empty(cfg, CacheConfig(budget=1, recent=1), B)
+    nothing = empty(cfg, CacheConfig(budget=1, recent=1), B)
     read = decoder.extend(model, Inputs(tokens, valid), nothing, queries=T)
-    new, q, sizes = read.entries, read.queries, cache_room.window_sizes(cfg.windows)
+    new, q, sizes = read.entries, read.queries, window_sizes(cfg.windows)
     assert q is not None  # T of them were asked for
 
     def one_layer(l):

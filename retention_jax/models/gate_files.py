@@ -22,7 +22,7 @@ from retention_jax.models import huggingface, tensors
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
 from retention_jax.models.tensors import Place
-from retention_jax.runtime import files as files_lib
+from retention_jax.runtime.files import write_atomically
 
 OURS, OFFICIAL = "gates.safetensors", "trimkv_weights.pth"
 _NAME = re.compile(r"layers\.(\d+)\.self_attn\.retention_gate\.(.+)$")  # the prefix differs from model to model
@@ -161,7 +161,7 @@ def save_gates(
     if torch:
         named = tensors.read_tensors([folder / OURS], where=folder)
         state = {name: torch.from_numpy(value) for name, value in named.items()}
-        files_lib.write_atomically(folder / OFFICIAL, lambda path: torch.save(state, path))
+        write_atomically(folder / OFFICIAL, lambda path: torch.save(state, path))
 
 
 def _config_json(cfg: ModelConfig, gate: GateConfig, base_model: str, loss: LossConfig | None) -> dict[str, Any]:
