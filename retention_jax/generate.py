@@ -67,6 +67,8 @@ def define_flags(values: flags.FlagValues) -> None:
     number("batch_size", 8, "Prompts of a file read together.")
 
     switch("raw", False, "Prompts are plain text, without the chat template.")
+    control = "Text like <|im_end|> in a prompt is the control token, as in transformers; without, it is refused."
+    switch("control_tokens", True, control)
     text("system", "", "System message of prompts that have none.")
     switch("enable_thinking", None, "Given to the chat template.")
     text("template_kwargs", "{}", "JSON object of more values for the chat template.")
@@ -118,6 +120,7 @@ def make_writer(values: flags.FlagValues) -> Writer:
         template=not values.raw,
         system=values.system,
         template_kwargs=_template_kwargs(values),
+        control_tokens=values.control_tokens,
     )
     conversation.check(writer)
     if values["seed"].present and not writer.drawing["temperature"] and not POLICIES[cache.policy].seeded:

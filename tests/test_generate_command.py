@@ -108,6 +108,22 @@ def test_one_prompt(folder, writer, capsys):
     assert f"kept {entries} of {entries} entries; KV {size / 2**20:.2f} MiB, a full cache" in captured.err
 
 
+def test_typed_control_tokens_are_let_or_refused(writer):
+    token = sorted(writer.tokenizer.special_strings())[0]
+    assert writer.tokenizer.backend.token_to_id(token) in conversation.prompt_tokens(writer, f"two {token} plus")
+    strict = writer._replace(control_tokens=False)
+    assert conversation.prompt_tokens(strict, "two plus") == conversation.prompt_tokens(writer, "two plus")
+    talked = Conversation([{"role": "user", "content": "two"}, {"role": "assistant", "content": "plus"}], 1, None)
+    for ask in (
+        lambda: conversation.prompt_tokens(strict, f"two {token}"),
+        lambda: conversation.prompt_tokens(strict, [{"role": "user", "content": f"two {token}"}]),
+        lambda: conversation.prompt_tokens(strict, "two", system=token),
+        lambda: conversation.turn_tokens(strict, talked, f"two {token}"),
+    ):
+        with pytest.raises(ValueError, match="control tokens: .*--control_tokens"):
+            ask()
+
+
 def test_plain_text_needs_no_template(writer):
     raw = writer._replace(template=False)
     assert conversation.prompt_tokens(raw, "two") == writer.tokenizer.encode("two", bos=True)

@@ -38,6 +38,7 @@ class Writer(NamedTuple):
     template: bool  # whether prompts go through the chat template
     system: str  # system message of prompts that have none; "" adds none
     template_kwargs: dict[str, Any]
+    control_tokens: bool = True  # whether text like <|im_end|> in a prompt is the control token; else it is refused
 
 
 def check(writer: Writer) -> None:
@@ -144,6 +145,8 @@ def prompt_tokens(
     Raises:
       ValueError: when there is nothing to read, and as `chat.render` and `Tokenizer.encode` do.
     """
+    told = [prompt] if isinstance(prompt, str) else [m.get("content") for m in prompt if isinstance(m, Mapping)]
+    _check_control_tokens(writer, [*told, system])
     if not writer.template:
         if not isinstance(prompt, str) or system or tools:
             raise ValueError(
@@ -164,6 +167,17 @@ def prompt_tokens(
     if not ids:
         raise ValueError("the prompt is empty")
     return ids
+
+
+def _check_control_tokens(writer: Writer, texts: Sequence[Any]) -> None:
+    """Raises ValueError where a text holds a control token and the writer does not let it."""
+    if writer.control_tokens:
+        return
+    found = [token for token in writer.tokenizer.special_strings() if any(token in str(text) for text in texts)]
+    if found:
+        raise ValueError(
+            f"the prompt has the text of control tokens: {', '.join(sorted(found))}; --control_tokens lets it be them"
+        )
 
 
 def _with_system(writer: Writer, messages: list[Message]) -> list[Message]:
@@ -254,6 +268,7 @@ def turn_tokens(writer: Writer, before: Conversation, text: str) -> tuple[list[M
     Raises:
       ValueError: as `chat.render`, `chat.continuation` and `Tokenizer.encode` do.
     """
+    _check_control_tokens(writer, [text])
     messages = [*before.messages, {"role": "user", "content": text}]
     if before.buffer is None:
         messages = _with_system(writer, messages)
