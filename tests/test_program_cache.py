@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAM = """
 import jax
-from retention_jax import program_cache
+from retention_jax.runtime import program_cache
 program_cache.keep_programs()
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
@@ -47,4 +47,6 @@ def test_jaxs_own_variables_come_first(tmp_path):
     "command", ("retention_jax/train", "retention_jax/evaluate", "retention_jax/generate", "launch/benchmark")
 )
 def test_every_command_keeps_its_programs(command):
-    assert "program_cache.keep_programs()" in (ROOT / f"{command}.py").read_text()
+    ends = (ROOT / f"{command}.py").read_text().splitlines()[-1].strip()
+    assert ends in ("command.run(main, define_flags)", "command_line.run(main, define_flags)")
+    assert "program_cache.keep_programs()" in (ROOT / "retention_jax/runtime/command.py").read_text()
