@@ -1,5 +1,6 @@
 """Losses against numbers worked by hand, and against float64 loops. `test_golden.py` has the released ones."""
 
+import contextlib
 import dataclasses
 
 import helpers
@@ -12,7 +13,8 @@ from flax import nnx
 from retention_jax.config import GateConfig, LossConfig
 from retention_jax.models import decoder
 from retention_jax.models.gate import GateParam
-from retention_jax.training import losses
+from retention_jax.parallel import sharding
+from retention_jax.training import losses, vocabulary
 
 pytestmark = pytest.mark.one_version
 
@@ -131,3 +133,95 @@ def test_config_reaches_every_term():
     for weight, term in (("kl_weight", "kl"), ("ce_weight", "ce"), ("capacity_weight", "capacity")):
         got = losses.distillation(*args, dataclasses.replace(base, **{weight: 2.0}))
         assert float(got.total) == pytest.approx(2 * float(getattr(got, term))) != 0.0
+
+
+def vocabulary_case(labels, B=2, T=300, seed=0):
+    """Head, tokens, weights of two terms of which `labels` positions count, and two hidden states."""
+    rng, V, D = np.random.default_rng(seed), 32, 8
+    counted = np.zeros(B * T, bool)
+    counted[rng.permutation(B * T)[:labels]] = True
+    weights = (rng.random((2, B * T)) * counted).reshape(2, B, T)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+    return draw(V, D), tokens, jnp.asarray(weights, jnp.float32), (draw(B, T, D), draw(B, T, D))
+
+
+def two_terms(head, target, student, teacher):
+    log_p, log_q = (jax.nn.log_softmax(h @ head.T, axis=-1) for h in (student, teacher))
+    kl = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+    return jnp.stack([kl, -jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]])
+
+
+def everywhere(head, tokens, weights, hidden):
+    """The sum with the logits of all positions at once."""
+    return jnp.sum(two_terms(head, jnp.roll(tokens, -1, axis=1), *hidden) * weights, axis=(1, 2))
+
+
+@pytest.mark.parametrize("labels, most", ((0, 64), (1, 64), (7, 1), (90, 64), (600, 64), (600, 10_000)))
+@pytest.mark.parametrize("mesh", (None, dict(data=2, context=2, tensor=2), dict(context=8), dict(data=4)), ids=str)
+def test_vocabulary_sum_and_its_gradients_are_those_of_all_logits(labels, most, mesh):
+    """Also where the mesh divides neither rows (data=4) nor tokens (context=8)."""
+    head, tokens, weights, hidden = vocabulary_case(labels)
+    cotangent = jnp.array([1.5, -0.5])
+
+    def run(operation):
+        return jax.jit(lambda *x: (operation(*x), jax.grad(lambda *x: operation(*x) @ cotangent, (0, 1))(*x)))
+
+    want = run(lambda head, hidden: everywhere(head, tokens, weights, hidden))(head, hidden)
+    got = run(lambda head, hidden: vocabulary.weighted_sum(two_terms, head, tokens, weights, hidden, most))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(sharding.make_mesh(**mesh)):
+        got = got(head, hidden)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        helpers.assert_close(a, b, 1e-6)
+
+
+def blocks_run(labels, most, T, mesh=None):
+    """Blocks whose terms are made, by one device, in a forward and a backward pass."""
+    head, tokens, weights, hidden = vocabulary_case(labels, T=T)
+    run = []
+
+    def counting(*args):
+        jax.debug.callback(lambda: run.append(1))
+        return two_terms(*args)
+
+    total = lambda *x: vocabulary.weighted_sum(counting, x[0], tokens, weights, x[1], most).sum()
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(sharding.make_mesh(**mesh)):
+        jax.block_until_ready(jax.jit(jax.value_and_grad(total, (0, 1)))(head, hidden))
+        jax.effects_barrier()
+    return len(run)
+
+
+def test_vocabulary_blocks_without_a_label_are_skipped_in_both_passes():
+    """2,048 positions of a device are 16 blocks of 128; a block is made once forward, and once more backward."""
+    assert vocabulary.block_size(2048, 4096) == 128
+    for labels, blocks in ((0, 0), (1, 1), (102, 1), (129, 2), (1024, 8), (2048, 16)):
+        assert blocks_run(labels, 4096, 1024) == 2 * blocks
+    # A smaller limit makes smaller blocks: 102 of 64 positions are two.
+    assert blocks_run(102, 64, 1024) == 4
+
+
+def test_vocabulary_blocks_are_what_the_device_with_most_labels_needs():
+    """Eight devices have 150 positions each in blocks of 32; together they run as many as the fullest of them needs."""
+    head, tokens, weights, hidden = vocabulary_case(90, T=600)
+    by_device = np.count_nonzero(np.asarray(weights).any(axis=0).reshape(2, 4, 150), axis=-1)
+    with jax.set_mesh(sharding.make_mesh(data=2, context=4)):
+        blocks = jax.jit(vocabulary._compact, static_argnums=3)(
+            jnp.moveaxis(weights, 0, -1), jnp.roll(tokens, -1, axis=1), hidden, 4
+        )
+    assert blocks.occupied == -(-by_device.max() // 4) < 150 // 4
+    # First what counts, in its order, on each device.
+    got = np.asarray(blocks.weights).transpose(1, 2, 0, 3, 4).reshape(2, 4, -1, 2)[:, :, :150]
+    given = np.moveaxis(np.asarray(weights), 0, -1).reshape(2, 4, 150, 2)
+    for g, w in zip(got.reshape(8, 150, 2), given.reshape(8, 150, 2), strict=True):
+        np.testing.assert_array_equal(g, np.concatenate([w[w.any(axis=-1)], w[~w.any(axis=-1)]]))
+
+
+def test_a_gradient_costs_only_where_it_is_asked_for():
+    """Matrix products of the backward loop: two logits, and one for each hidden state and each use of the head."""
+    head, tokens, weights, hidden = vocabulary_case(90)
+
+    def products(argnums):
+        total = lambda *x: vocabulary.weighted_sum(two_terms, x[0], tokens, weights, x[1:], 64).sum()
+        return jax.jit(jax.grad(total, argnums)).lower(head, *hidden).as_text().count("stablehlo.dot_general")
+
+    assert [products(argnums) for argnums in ((1,), (1, 2), (0,), (0, 1, 2))] == [3, 4, 4, 6]

@@ -1,14 +1,18 @@
-"""`reference.retention_attention` block by block in plain jnp: O(T) memory, forward and backward, on any device.
+"""`reference.retention_attention` in plain jnp, a block of queries at a time: O(T) memory, forward and backward.
 
-Tokens are cut into blocks of R. A list of all pairs (block i of queries, block j <= i of keys), made while tracing, is
-scanned; each step makes one R x R tile of logits and folds it into block i's running softmax
+Tokens are cut into blocks of R. The n = T / R blocks of queries are taken one after the other. Each attends in one
+piece to all blocks of keys that it may see: those from the first one that shares a document with it, or that its window
+reaches, up to its own. A step is a few large matrix products, and no softmax is ever merged with another:
 
-    m' = max(m, max_j s)    l' = l e^(m - m') + sum_j e^(s - m')    a' = a e^(m - m') + sum_j e^(s - m') v_j
+    s = q k^T / sqrt(H) + (t - i) log_beta_i      p = e^(s - max s)      out = p v / sum p      lse = max s + log sum p
 
-and at the end `out = a / l`, `lse = m + log l`. The backward pass makes the tiles again from `p = e^(s - lse)`:
+The backward pass makes the logits again, and adds to the gradients of the keys:
 
-    dv_j += p^T do_i      ds = p (do_i v_j^T - delta_i)      delta = sum_h do out - dlse
-    dq_i += ds k_j        dk_j += ds^T q_i                   dlog_beta_j += sum_t ds (t - i)
+    p = e^(s - lse)      dv += p^T do      ds = p (do v^T - delta)      delta = sum_h do out - dlse
+    dq = ds k            dk += ds^T q      dlog_beta_i += sum_t ds (t - i)
+
+Shapes are static, so how many blocks of keys a step reads is one of a few sizes, the next that is enough. Each of them
+is compiled, and a step runs one. A sum over all keys of a long row costs a sixteenth more on average than it must.
 """
 
 from collections.abc import Callable
@@ -19,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
-LARGEST_BLOCK = 128  # tokens: of 64 to 512 the fastest on a CPU core at T = 2048, whose tiles then stay in its cache
+LARGEST_BLOCK = 128  # tokens: on a CPU core at T = 2048 larger ones waste more on what comes later, smaller ones divide
 ROUND = 8  # block sizes are multiples of it: vector lanes
 
 
@@ -31,39 +35,45 @@ def block_size(length: int) -> int:
     return -(-length // (blocks * ROUND)) * ROUND
 
 
+def key_sizes(blocks: int) -> tuple[int, ...]:
+    """How many blocks of keys a step may read, of so many: eighths of them, and below two sizes for each doubling."""
+    eighth = -(-blocks // 8)
+    small = {factor << power for factor in (2, 3) for power in range(eighth.bit_length())}
+    return (*sorted(size for size in {1, *small} if size < eighth), *range(eighth, blocks, eighth), blocks)
+
+
 class Blocks(NamedTuple):
-    """The inputs cut into n blocks of R tokens, block axis first; `K` heads lie next to the batch, G R query rows."""
+    """Queries cut into n blocks of R tokens, keys whole: T = n R. `K` heads lie next to the batch, G R query rows."""
 
     q: Float[Array, "n B K GR H"]
-    k: Float[Array, "n B K R H"]
-    v: Float[Array, "n B K R H"]
-    log_beta: Float[Array, "n B K R"]
-    segment: Int[Array, "n B R"]
+    k: Float[Array, "B K T H"]
+    v: Float[Array, "B K T H"]
+    log_beta: Float[Array, "B K T"]
+    segment: Int[Array, "B T"]
     window: Int[Array, ""] | None  # keys this many tokens old or older are not seen
 
+    @property
+    def block(self) -> int:
+        """R."""
+        return self.segment.shape[1] // self.q.shape[0]
 
-def _split(x: Num[Array, "B T *rest"], block: int) -> Num[Array, "n B R *rest"]:
-    pad = -x.shape[1] % block
+
+def _pad(x: Num[Array, "B T *rest"], block: int) -> Num[Array, "B nR *rest"]:
     # A padded row sees itself, so its softmax is finite, and real rows come before it, so they never see it.
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
 
 
-def _join(x: Num[Array, "n B R *rest"], length: int) -> Num[Array, "B T *rest"]:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+def _split_queries(x: Float[Array, "B T heads H"], groups: int, block: int) -> Float[Array, "n B K GR H"]:
+    x = _pad(x, block)
+    B, T, heads, H = x.shape
+    x = x.reshape(B, T // block, block, heads // groups, groups, H).transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(T // block, B, heads // groups, groups * block, H)
 
 
-def _split_heads(x: Float[Array, "B T heads H"], groups: int, block: int) -> Float[Array, "n B K GR H"]:
-    n_b_r = _split(x.reshape(*x.shape[:2], -1, groups, x.shape[-1]), block)
-    n, B, R, K, G, H = n_b_r.shape
-    return n_b_r.transpose(0, 1, 3, 4, 2, 5).reshape(n, B, K, G * R, H)
-
-
-def _join_heads(x: Float[Array, "n B K GR *H"], groups: int, length: int) -> Float[Array, "B T heads *H"]:
+def _join_queries(x: Float[Array, "n B K GR *H"], groups: int, length: int) -> Float[Array, "B T heads *H"]:
     n, B, K, GR, *rest = x.shape
-    x = jnp.moveaxis(x.reshape(n, B, K, groups, GR // groups, *rest), 4, 2)
-    return _join(x, length).reshape(B, length, K * groups, *rest)
+    x = jnp.moveaxis(x.reshape(n, B, K, groups, GR // groups, *rest), (1, 0, 4), (0, 1, 2))
+    return x.reshape(B, -1, K * groups, *rest)[:, :length]
 
 
 def _blocks(
@@ -73,118 +83,149 @@ def _blocks(
     dtype = np.promote_types(q.dtype, np.float32)
     # Finite, so that age 0 times it is 0 and not nan; from age 1 on it is as good as -inf: e^logit is exactly 0.
     log_beta = jnp.maximum(log_beta.astype(dtype), float(jnp.finfo(dtype).min) / (2 * T))
-    log_beta = _split(log_beta.swapaxes(1, 2), block).swapaxes(2, 3)
+    heads_first = lambda x: _pad(x, block).swapaxes(1, 2)
     return Blocks(
-        _split_heads(q, G, block),
-        _split_heads(k, 1, block),
-        _split_heads(v, 1, block),
-        log_beta,
-        _split(segment_ids, block),
+        _split_queries(q, G, block),
+        heads_first(k),
+        heads_first(v),
+        heads_first(log_beta.swapaxes(1, 2)),
+        _pad(segment_ids, block),
         window,
     )
 
 
-def visible_pairs(n: int) -> Int[Array, "pairs 2"]:
-    """Pairs of blocks (i, j <= i). A row's own block comes first: from then on its running maximum is finite."""
-    return jnp.array([(i, j) for i in range(n) for j in range(i, -1, -1)], jnp.int32)
+def visible_blocks(
+    segment: Int[Array, "B T"], window: Int[Array, ""] | None, block: int
+) -> Bool[Array, "n_queries n_keys"]:
+    """Whether a block of queries can see a block of keys in some row: segment ids overlap, and the window reaches."""
+    by_block = segment.reshape(segment.shape[0], -1, block)
+    low, high = by_block.min(axis=-1), by_block.max(axis=-1)
+    overlap = jnp.any((low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None]), axis=0)
+    index = jnp.arange(by_block.shape[1], dtype=jnp.int32)
+    apart = index[:, None] - index[None]
+    seen = overlap & (apart >= 0)
+    return seen if window is None else seen & ((apart - 1) * block + 1 < window)
 
 
-def over_visible_pairs(step: Callable[[Any, Array], Any], state: Any, blocks: int) -> Any:
-    """Folds `step(state, pair)` over `visible_pairs(blocks)`.
+def over_query_blocks(step: Callable[[int, Array, Array, Any], Any], state: Any, seen: Bool[Array, "n n"]) -> Any:
+    """Folds `step(size, i, first, state)` over blocks i of queries, with the `size` blocks of keys from `first` on.
 
-    A while loop, not a scan: of a scan within a differentiated layer, JAX computes beforehand what does not depend on
-    differentiated values, here every pair's mask and ages, and keeps them, T x T in all.
+    Size is the smallest of `key_sizes` that holds all that block i can see; some of its keys may come after the block.
+    One loop for each size takes the blocks that need it: in one loop that branches over sizes, every branch would copy
+    the whole state.
+
+    While loops, not scans: of a scan within a differentiated layer, JAX computes beforehand what does not depend on
+    differentiated values, here every step's mask and ages, and keeps them, T x T in all.
     """
-    pairs = visible_pairs(blocks)
+    n = seen.shape[0]
+    sizes, index = key_sizes(n), jnp.arange(n, dtype=jnp.int32)
+    needed = index + 1 - jnp.argmax(seen, axis=1).astype(jnp.int32)
+    order = jnp.argsort(needed).astype(jnp.int32)
+    ends = (needed[None] <= jnp.array(sizes, jnp.int32)[:, None]).sum(axis=1, dtype=jnp.int32)
+    at = jnp.int32(0)
+    for size, end in zip(sizes, ends, strict=True):
 
-    def body(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        at, state = carry
-        return at + 1, step(state, pairs[at])
+        def body(carry: tuple[Array, Any], size: int = size) -> tuple[Array, Any]:
+            at, state = carry
+            i = order[at]
+            return at + 1, step(size, i, jnp.maximum(i + 1 - size, 0), state)
 
-    return lax.while_loop(lambda carry: carry[0] < len(pairs), body, (jnp.int32(0), state))[1]
-
-
-def _can_see(x: Blocks, i: Array, j: Array) -> Array:
-    """Whether block i can see block j in some row: their ranges of segment ids overlap, and the window reaches it."""
-    a, b = x.segment[i], x.segment[j]
-    overlap = jnp.any((a.min(-1) <= b.max(-1)) & (b.min(-1) <= a.max(-1)))
-    return overlap if x.window is None else overlap & ((i - j - 1) * a.shape[-1] + 1 < x.window)
+        at, state = lax.while_loop(lambda carry, end=end: carry[0] < end, body, (at, state))
+    return state
 
 
-def _tile(x: Blocks, i: Array, j: Array) -> tuple[Array, Array, Array, Array]:
-    """Scaled queries [B K GR H], keys [B K R H], logits [B K G R R] and ages [R R] of one pair, in the wide dtype."""
-    dtype = x.log_beta.dtype
-    B, K, R = x.log_beta.shape[1:]
-    q, k = x.q[i].astype(dtype) * x.q.shape[-1] ** -0.5, x.k[j].astype(dtype)
-    index = jnp.arange(R, dtype=jnp.int32)
-    age = (i - j) * R + index[:, None] - index[None, :]
+class Tile(NamedTuple):
+    """What a block of queries reads: keys of `size` blocks, and how it sees them. In the wide dtype."""
+
+    q: Float[Array, "B K GR H"]  # scaled
+    k: Float[Array, "B K I H"]
+    v: Float[Array, "B K I H"]
+    log_beta: Float[Array, "B K I"]
+    age: Int[Array, "R I"]
+    visible: Bool[Array, "B R I"]
+
+
+def _tile(x: Blocks, size: int, i: Array, first: Array) -> Tile:
+    dtype, R = x.log_beta.dtype, x.block
+    keys = lambda a, axis: lax.dynamic_slice_in_dim(a, first * R, size * R, axis)
+    age = (i - first) * R + jnp.arange(R, dtype=jnp.int32)[:, None] - jnp.arange(size * R, dtype=jnp.int32)[None]
     in_reach = age >= 0 if x.window is None else (age >= 0) & (age < x.window)
-    visible = in_reach[None] & (x.segment[i][:, :, None] == x.segment[j][:, None, :])
-    logits = jnp.einsum("bkth,bkih->bkti", q, k).reshape(B, K, -1, R, R)
-    logits = logits + (age.astype(dtype)[None, None] * x.log_beta[j][:, :, None, :])[:, :, None]
-    return q, k, jnp.where(visible[:, None, None], logits, -jnp.inf), age
-
-
-def _forward_tile(x: Blocks, i: Array, j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    m, l, acc = state  # [B K GR] [B K GR] [B K GR H]
-    logits = _tile(x, i, j)[2].reshape(*m.shape, -1)
-    m_new = jnp.maximum(m, logits.max(-1))
-    p = jnp.exp(logits - m_new[..., None])
-    shrink = jnp.exp(m - m_new)
-    acc = acc * shrink[..., None] + jnp.einsum("bkti,bkih->bkth", p, x.v[j].astype(p.dtype))
-    return m_new, l * shrink + p.sum(-1), acc
-
-
-def _forward(x: Blocks) -> tuple[Float[Array, "n B K GR H"], Float[Array, "n B K GR"]]:
-    dtype = x.log_beta.dtype
-
-    def step(state: Any, pair: Array) -> Any:
-        i, j = pair
-        row = jax.tree.map(lambda s: s[i], state)
-        row = lax.cond(_can_see(x, i, j), lambda row: _forward_tile(x, i, j, row), lambda row: row, row)
-        return jax.tree.map(lambda s, r: s.at[i].set(r), state, row)
-
-    rows = x.q.shape[:-1]
-    state = (jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), jnp.zeros(x.q.shape, dtype))
-    m, l, acc = over_visible_pairs(step, state, len(x.q))
-    return acc / l[..., None], m + jnp.log(l)
-
-
-def _backward_tile(x: Blocks, do: Array, lse: Array, delta: Array, i: Array, j: Array) -> tuple[Array, ...]:
-    """What one pair adds to dq_i, dk_j, dv_j and dlog_beta_j."""
-    q, k, logits, age = _tile(x, i, j)
-    B, K, G, R, _ = logits.shape
-    do = do[i]
-    p = jnp.exp(logits - lse[i].reshape(B, K, G, R, 1))
-    dp = jnp.einsum("bkth,bkih->bkti", do, x.v[j].astype(do.dtype))
-    ds = p * (dp.reshape(p.shape) - delta[i].reshape(B, K, G, R, 1))
-    dlog_beta = jnp.einsum("bkgti,ti->bki", ds, age.astype(ds.dtype))
-    p, ds = p.reshape(dp.shape), ds.reshape(dp.shape)
-    return (
-        jnp.einsum("bkti,bkih->bkth", ds, k) * q.shape[-1] ** -0.5,
-        jnp.einsum("bkti,bkth->bkih", ds, q),
-        jnp.einsum("bkti,bkth->bkih", p, do),
-        dlog_beta,
+    own = lax.dynamic_slice_in_dim(x.segment, i * R, R, 1)
+    return Tile(
+        x.q[i].astype(dtype) * x.q.shape[-1] ** -0.5,
+        keys(x.k, 2).astype(dtype),
+        keys(x.v, 2).astype(dtype),
+        keys(x.log_beta, 2),
+        age,
+        in_reach[None] & (own[:, :, None] == keys(x.segment, 1)[:, None]),
     )
 
 
-def _backward(x: Blocks, do: Array, lse: Array, delta: Array) -> tuple[Array, ...]:
-    dtype = x.log_beta.dtype
+def _forward(x: Blocks) -> tuple[Float[Array, "n B K GR H"], Float[Array, "n B K GR"]]:
+    dtype, R = x.log_beta.dtype, x.block
 
-    def step(grads: Any, pair: Array) -> Any:
-        i, j = pair
-        places = (i, j, j, j)
-        old = tuple(g[at] for g, at in zip(grads, places, strict=True))
-        new = lax.cond(
-            _can_see(x, i, j),
-            lambda old: jax.tree.map(jnp.add, old, _backward_tile(x, do, lse, delta, i, j)),
-            lambda old: old,
-            old,
-        )
-        return tuple(g.at[at].set(n) for g, at, n in zip(grads, places, new, strict=True))
+    def step(size: int, i: Array, first: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        tile = _tile(x, size, i, first)
+        B, K, GR, H = tile.q.shape
+        logits = jnp.einsum("bkth,bkih->bkti", tile.q, tile.k).reshape(B, K, -1, R, size * R)
+        decay = tile.age.astype(dtype)[None, None] * tile.log_beta[:, :, None]
+        logits = jnp.where(tile.visible[:, None, None], logits + decay[:, :, None], -jnp.inf)
+        top = logits.max(axis=-1)
+        weights = jnp.exp(logits - top[..., None])
+        mass = weights.sum(axis=-1).reshape(B, K, GR)
+        out = jnp.einsum("bkti,bkih->bkth", weights.reshape(B, K, GR, -1), tile.v) / mass[..., None]
+        return state[0].at[i].set(out), state[1].at[i].set(top.reshape(B, K, GR) + jnp.log(mass))
 
-    zeros = tuple(jnp.zeros(a.shape, dtype) for a in (x.q, x.k, x.v, x.log_beta))
-    return over_visible_pairs(step, zeros, len(x.q))
+    state = jnp.zeros(x.q.shape, dtype), jnp.zeros(x.q.shape[:-1], dtype)
+    return over_query_blocks(step, state, visible_blocks(x.segment, x.window, R))
+
+
+class Gradients(NamedTuple):
+    """Of what `Blocks` holds, in the wide dtype."""
+
+    q: Float[Array, "n B K GR H"]
+    k: Float[Array, "B K T H"]
+    v: Float[Array, "B K T H"]
+    log_beta: Float[Array, "B K T"]
+
+
+def _backward(
+    x: Blocks, do: Float[Array, "n B K GR H"], lse: Float[Array, "n B K GR"], delta: Float[Array, "n B K GR"]
+) -> Gradients:
+    dtype, R = x.log_beta.dtype, x.block
+
+    def step(size: int, i: Array, first: Array, grads: Gradients) -> Gradients:
+        tile = _tile(x, size, i, first)
+        B, K, GR, H = tile.q.shape
+        # Keys lie along the slow axis: three of the products add over queries, and want them along the fast one.
+        shape = (B, K, size * R, GR // R, R)
+        by_query = lambda a: a[i].reshape(B, K, 1, GR // R, R)
+        age = tile.age.T.astype(dtype)
+        logits = jnp.einsum("bkih,bkth->bkit", tile.k, tile.q).reshape(shape)
+        logits = logits + (age[None, None] * tile.log_beta[..., None])[:, :, :, None]
+        logits = jnp.where(tile.visible.swapaxes(1, 2)[:, None, :, None], logits, -jnp.inf)
+        p = jnp.exp(logits - by_query(lse))
+        dp = jnp.einsum("bkih,bkth->bkit", tile.v, do[i]).reshape(shape)
+        ds = (p * (dp - by_query(delta))).reshape(B, K, -1, GR)
+        p = p.reshape(ds.shape)
+        # Ages as two parts, of the query and of the key: the sum over queries is then a matrix product.
+        of_query = jnp.stack([jnp.tile(tile.age[:, 0], GR // R).astype(dtype), jnp.ones(GR, dtype)])
+        sums = jnp.einsum("bkit,bkct->bkic", ds, jnp.broadcast_to(of_query, (B, K, 2, GR)))
+        dlog_beta = sums[..., 0] - sums[..., 1] * jnp.arange(size * R, dtype=dtype)[None, None]
+        dq = jnp.einsum("bkit,bkih->bkht", ds, tile.k)
+        dk = jnp.einsum("bkit,bkth->bkih", ds, tile.q)
+        dv = jnp.einsum("bkit,bkth->bkih", p, do[i])
+
+        def add(total: Array, part: Array) -> Array:
+            old = lax.dynamic_slice_in_dim(total, first * R, size * R, 2)
+            return lax.dynamic_update_slice_in_dim(total, old + part, first * R, 2)
+
+        return Gradients(grads.q.at[i].set(dq), add(grads.k, dk), add(grads.v, dv), add(grads.log_beta, dlog_beta))
+
+    queries_last = jnp.zeros((*x.q.shape[:3], x.q.shape[4], x.q.shape[3]), dtype)
+    zeros = Gradients(queries_last, *(jnp.zeros(a.shape, dtype) for a in (x.k, x.v, x.log_beta)))
+    grads = over_query_blocks(step, zeros, visible_blocks(x.segment, x.window, R))
+    return grads._replace(q=grads.q.swapaxes(3, 4) * x.q.shape[-1] ** -0.5)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -199,7 +240,7 @@ def _attention_fwd(
 ) -> Any:
     (_, T, N, _), K = q.shape, k.shape[2]
     out, lse = _forward(_blocks(q, k, v, log_beta, segment_ids, window, block))
-    out, lse = _join_heads(out, N // K, T), _join_heads(lse, N // K, T)
+    out, lse = _join_queries(out, N // K, T), _join_queries(lse, N // K, T)
     # The residual `out` stays wide: rounded to bfloat16 it would cost log_beta's float32 gradient its last 16 bits.
     return (out.astype(q.dtype), lse.swapaxes(1, 2)), (q, k, v, log_beta, segment_ids, window, out, lse)
 
@@ -209,16 +250,14 @@ def _attention_bwd(block: int, residuals: Any, cotangents: tuple[Array, Array]) 
     (_, T, N, _), K = q.shape, k.shape[2]
     do, dlse = cotangents[0].astype(out.dtype), cotangents[1].swapaxes(1, 2)
     delta = (do * out).sum(-1) - dlse
-    rows = [_split_heads(a, N // K, block) for a in (do, lse[..., None], delta[..., None])]
-    dq, dk, dv, dlog_beta = _backward(
-        _blocks(q, k, v, log_beta, segment_ids, window, block), rows[0], rows[1][..., 0], rows[2][..., 0]
-    )
-    dlog_beta = _join(dlog_beta.swapaxes(2, 3), T).swapaxes(1, 2)
+    rows = [_split_queries(a, N // K, block) for a in (do, lse[..., None], delta[..., None])]
+    x = _blocks(q, k, v, log_beta, segment_ids, window, block)
+    grads = _backward(x, rows[0], rows[1][..., 0], rows[2][..., 0])
     return (
-        _join_heads(dq, N // K, T).astype(q.dtype),
-        _join_heads(dk, 1, T).astype(k.dtype),
-        _join_heads(dv, 1, T).astype(v.dtype),
-        dlog_beta.astype(log_beta.dtype),
+        _join_queries(grads.q, N // K, T).astype(q.dtype),
+        grads.k.swapaxes(1, 2)[:, :T].astype(k.dtype),
+        grads.v.swapaxes(1, 2)[:, :T].astype(v.dtype),
+        grads.log_beta[..., :T].astype(log_beta.dtype),
         None,
         None,
     )
@@ -258,7 +297,7 @@ def retention_attention(
 ) -> Float[Array, "B T N H"]:
     """Causal attention inside documents, in which every key fades with age: `reference.retention_attention`.
 
-    A `window` costs nothing where there is none, and saves the blocks out of its reach where there is.
+    A `window` saves the blocks out of its reach, and documents those before the first that a block of tokens is in.
 
     Memory grows with T, not T^2, forward and backward; gradients reach q, k, v and log_beta.
 

@@ -73,7 +73,7 @@ ACTIVATIONS = {
     "scores": P(None, None),  # B T: numbers about tokens, for the host to read
     "blocked": P(
         None, ROWS, "context", None
-    ),  # blocks B shards columns ...: positions whose vocabulary logits are made
+    ),  # blocks rows shards positions ...: those whose vocabulary logits are made
 }
 
 # First axes of the parts of a cache's buffer. A window is small beside a pool, and every device has it whole.

@@ -1,7 +1,6 @@
 """What is minimised: next-token cross-entropy, distillation, and the capacity loss."""
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
 from retention_jax.parallel import sharding
 from retention_jax.runtime.arrays import AnyArray
+from retention_jax.training import vocabulary
 
 
 class Losses(NamedTuple):
@@ -53,17 +53,16 @@ def distillation(
     student, log_beta = decoder.forward(model, tokens, segment_ids, with_retention=True, remat=remat)
     teacher, _ = decoder.forward(model, tokens, segment_ids, with_retention=False, remat=remat)
 
-    head = sharding.gathered(decoder.output_head(model), "lm_head")
-
-    def terms(target, student, teacher):
+    def terms(head, target, student, teacher):
         log_p = jax.nn.log_softmax(decoder.logits(head, student), axis=-1)
         log_q = jax.nn.log_softmax(decoder.logits(head, teacher), axis=-1)
         first, second = (log_q, log_p) if config.kl == "forward" else (log_p, log_q)
         kl = jnp.sum(jnp.exp(first) * (first - second), axis=-1)
         return jnp.stack([kl, -_picked(log_p, target)])
 
-    kl, ce = _weighted_sum(
+    kl, ce = vocabulary.weighted_sum(
         terms,
+        sharding.gathered(decoder.output_head(model), "lm_head"),
         tokens,
         label_weights(segment_ids, label_mask, config),
         (student, jax.lax.stop_gradient(teacher)),
@@ -92,14 +91,13 @@ def next_token(
     tokens, segment_ids, label_mask = jnp.asarray(tokens), jnp.asarray(segment_ids), jnp.asarray(label_mask)
     hidden, _ = decoder.forward(model, tokens, segment_ids, with_retention=False, remat=remat)
 
-    head = sharding.gathered(decoder.output_head(model), "lm_head")
-
-    def term(target, hidden):
+    def term(head, target, hidden):
         log_p = jax.nn.log_softmax(decoder.logits(head, hidden), axis=-1)
         return -_picked(log_p, target)[None]
 
     weights = _shares(_predicts_label(segment_ids, label_mask))[None]
-    return _weighted_sum(term, tokens, weights, (hidden,), vocab_block)[0]
+    head = sharding.gathered(decoder.output_head(model), "lm_head")
+    return vocabulary.weighted_sum(term, head, tokens, weights, (hidden,), vocab_block)[0]
 
 
 def label_weights(
@@ -165,37 +163,3 @@ def _picked(log_p: Float[Array, "*axes V"], token: Int[Array, "*axes"]) -> Float
     on several devices."""
     ids = jax.lax.broadcasted_iota(token.dtype, log_p.shape, log_p.ndim - 1)
     return jnp.sum(jnp.where(ids == token[..., None], log_p, 0), axis=-1)
-
-
-def _weighted_sum(
-    terms: Callable[..., Float[Array, "terms B shards columns"]],
-    tokens: Int[Array, "B T"],
-    weights: Float[Array, "terms B T"],
-    hidden: tuple[Float[Array, "B T D"], ...],
-    block: int,
-) -> Float[Array, " terms"]:
-    """Sum of `terms(next tokens, *hidden) * weights`, a block of positions at a time: [T, V] never exists at once.
-
-    Each device cuts the positions that it has, those of its rows and of its part of a sequence, into blocks of about
-    `block` positions.
-    """
-    (B, T), shards = tokens.shape, sharding.shards("context")
-    shards = shards if T % shards == 0 else 1
-    rows = max(B // sharding.shards(*sharding.ROWS), 1)
-    blocks = -(-T // shards // max(block // rows, 1))
-    columns = -(-T // shards // blocks)
-
-    def cut(a: Array) -> Array:
-        by_shard = a.reshape(B, shards, T // shards, *a.shape[2:])
-        pad = [(0, 0), (0, 0), (0, blocks * columns - T // shards)] + [(0, 0)] * (a.ndim - 2)
-        by_block = jnp.pad(by_shard, pad).reshape(B, shards, blocks, columns, *a.shape[2:])
-        return sharding.constrain(jnp.moveaxis(by_block, 2, 0), "blocked")
-
-    @jax.checkpoint
-    def one_block(total, scanned):
-        weight, target, *parts = scanned
-        return total + jnp.sum(terms(target, *parts) * jnp.moveaxis(weight, -1, 0), axis=(1, 2, 3)), None
-
-    following = jnp.roll(tokens, -1, axis=1)  # behind a row's last token there is nothing, and no weight
-    scanned = (cut(jnp.moveaxis(weights, 0, -1)), cut(following), *(cut(h) for h in hidden))
-    return jax.lax.scan(one_block, jnp.zeros(len(weights), jnp.float32), scanned)[0]

@@ -1,5 +1,7 @@
 """What holds of the blockwise XLA implementation alone: float64, log-sum-exp, memory on a CPU, its block size."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,3 +78,73 @@ def test_block_size_wastes_little(length):
     blocks = -(-length // block)
     assert block <= retention_attention_xla.LARGEST_BLOCK and block % retention_attention_xla.ROUND == 0
     assert blocks * block - length < blocks * retention_attention_xla.ROUND
+
+
+def steps_of(seen):
+    """For each block of queries how often it is a step, the blocks of keys it reads, and the first of them."""
+    n = len(seen)
+
+    def step(size, i, first, state):
+        count, sizes, begin = state
+        return count.at[i].add(1), sizes.at[i].set(size), begin.at[i].set(first)
+
+    zeros = jnp.zeros(n, jnp.int32)
+    run = jax.jit(lambda seen: retention_attention_xla.over_query_blocks(step, (zeros, zeros, zeros), seen))
+    return tuple(np.asarray(a) for a in run(jnp.asarray(seen)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 40])
+def test_every_block_of_queries_is_one_step_that_reads_all_it_sees(n):
+    rng, index = np.random.default_rng(n), np.arange(n)
+    for share in (0.0, 0.1, 1.0):
+        seen = np.tril(rng.random((n, n)) < share) | np.eye(n, dtype=bool)
+        count, size, first = steps_of(seen)
+        np.testing.assert_array_equal(count, np.ones(n))
+        needed = index + 1 - seen.argmax(axis=1)
+        assert (first >= 0).all() and (first + size <= n).all()
+        assert (first <= seen.argmax(axis=1)).all() and (first + size > index).all()
+        # Never more than the next size.
+        sizes = np.array(retention_attention_xla.key_sizes(n))
+        np.testing.assert_array_equal(size, sizes[np.searchsorted(sizes, needed)])
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 16, 100, 256, 1000])
+def test_key_sizes_are_few_and_waste_little(n):
+    sizes = np.array(retention_attention_xla.key_sizes(n))
+    assert sizes[0] == 1 and sizes[-1] == n and (np.diff(sizes) > 0).all() and len(sizes) <= 8 + 2 * np.log2(n)
+    needed = np.arange(1, n + 1)  # one document, no window
+    taken = sizes[np.searchsorted(sizes, needed)]
+    assert taken.sum() <= 1.14 * needed.sum()
+    assert (taken <= np.maximum(2 * needed, 1)).all()
+
+
+def test_windows_and_documents_save_blocks():
+    see = lambda segment, window: np.asarray(
+        retention_attention_xla.visible_blocks(jnp.asarray(segment)[None], window and jnp.int32(window), 4)
+    )
+    one = np.ones(24, np.int32)
+    np.testing.assert_array_equal(see(one, None), np.tril(np.ones((6, 6), bool)))
+    # A window of 5 reaches from a block's first token to the first of the block before; one of 6 reaches further.
+    for window, apart in ((1, 0), (2, 1), (5, 1), (6, 2), (9, 2), (10, 3)):
+        want = np.tril(np.ones((6, 6), bool)) & ~np.tril(np.ones((6, 6), bool), -apart - 1)
+        np.testing.assert_array_equal(see(one, window), want)
+    # Documents of 8, 6 and 10 tokens: blocks 0 1 | 2 3 | 3 4 5.
+    documents = see(np.repeat([3, 1, 2], (8, 6, 10)), None)
+    want = [[0], [0, 1], [2], [2, 3], [3, 4], [3, 4, 5]]
+    assert [np.flatnonzero(row).tolist() for row in documents] == want
+
+
+def test_steps_are_no_more_than_blocks():
+    """Compiled, forward and backward: a loop for each size and pass, in which there is no other loop."""
+    T = 2048
+    n = T // retention_attention_xla.block_size(T)
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    tensors = shape(1, T, 4, 8), shape(1, T, 2, 8), shape(1, T, 2, 8), shape(1, 2, T)
+    loss = lambda *x: retention_attention_xla.retention_attention(*x).sum()
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*tensors, jax.ShapeDtypeStruct((1, T), jnp.int32))
+    text = lowered.compile().as_text()
+    loops = [line for line in text.splitlines() if re.search(r"\bwhile\(", line)]
+    assert 0 < len(loops) <= 2 * len(retention_attention_xla.key_sizes(n))
+    assert not any("/while/body" in line for line in loops), loops
+    # Together they take each block once: `test_every_block_of_queries_is_one_step_that_reads_all_it_sees`.
+    assert n <= T / 128
