@@ -62,7 +62,7 @@ class ChatConfig(tfds.core.BuilderConfig):
 
 
 class Recall(tfds.core.GeneratorBasedBuilder):
-    """`config.documents` streams of `tasks/recall.py`, one rng each; split `train`."""
+    """`config.documents` streams of `data/recall.py`, one rng each; split `train`."""
 
     VERSION = tfds.core.Version("1.1.0")
     builder_config: RecallConfig
