@@ -198,6 +198,7 @@ print(hashlib.sha256(batch["tokens"].tobytes()).hexdigest())
 """
 
 
+@pytest.mark.slow  # starts several processes
 def test_processes_at_once_without_tensorflow(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", _PROCESS, str(tmp_path)]
     root = pathlib.Path(__file__).parent.parent

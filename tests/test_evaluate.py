@@ -56,6 +56,7 @@ def evaluated(model, text, tmp_path_factory):
     return rows, output, "\n".join(lines)
 
 
+@pytest.mark.slow  # compiles a sweep to count programs
 def test_programs_of_finished_cells_are_freed(model, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)  # cells that compile at once
     jax.clear_caches()

@@ -133,7 +133,7 @@ def test_plain_text_needs_no_template(writer):
         conversation.prompt_tokens(raw, "")
 
 
-@pytest.mark.one_version
+@pytest.mark.slow  # starts the command three times
 def test_a_file_of_prompts_goes_on_after_a_kill(folder, writer, tmp_path, capsys, monkeypatch):
     source, output = tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl"
     write_lines(source, ROWS)
@@ -283,6 +283,7 @@ def test_replies_can_be_made_in_a_thread(writer):
     assert "".join(written) == shown(writer, greedy(writer, tokens))
 
 
+@pytest.mark.slow  # starts the command
 def test_chat_over_a_pipe(folder, writer):
     """The command itself, in a process of its own, with no terminal."""
     root = pathlib.Path(__file__).parent.parent

@@ -62,6 +62,7 @@ def sweep_sequences(output):
     return plan.run(tiny_model(vocab_size=64), config, DataConfig(), output)
 
 
+@pytest.mark.slow  # starts a sweep twice; test_sweep.py goes on in one process
 def test_a_killed_sweep_goes_on(tmp_path):
     path = tmp_path / "killed" / "journal-0.jsonl"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

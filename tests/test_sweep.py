@@ -321,6 +321,7 @@ def of_problems(done):
     return {name: sum(scores) / len(scores) for name, scores in found.items()}
 
 
+@pytest.mark.slow  # sweeps over several blocks
 def test_prompts_of_one_block_are_in_memory_at_a_time(model, tok):
     made = []
 
@@ -354,6 +355,7 @@ def test_perplexity_is_of_all_tokens_together(model, tok, tmp_path):
     assert (row.score, row.low, row.high) == pytest.approx((4, 4 * math.exp(-half), 4 * math.exp(half)), rel=1e-3)
 
 
+@pytest.mark.slow  # sweeps once for each thing that may differ
 @pytest.mark.usefixtures("programs_kept")
 def test_journals_of_another_run_are_refused(model, tok, tmp_path):
     evaluated(model, tok, CONFIG, tmp_path)

@@ -147,6 +147,7 @@ def test_backbone_stage_learns_and_gates_follow(folders, tmp_path):
     weights.load(tmp_path / "backbone", tmp_path / "gates", "float32")
 
 
+@pytest.mark.slow  # trains three times; test_checkpoint.py restores one state
 def test_sigterm_saves_the_step_that_runs_and_the_same_call_goes_on(folders, tmp_path, monkeypatch, capsys):
     config = config_of(folders, steps=12, checkpoint_every=100)
     whole = train.train(config, tmp_path / "whole")
@@ -359,6 +360,7 @@ def test_foreign_checkpoints_are_refused(folders, tmp_path):
 
 
 # Orbax leaves reads running that complain when they are collected.
+@pytest.mark.slow  # trains three times; test_checkpoint.py falls back without training
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_fallen_back_from_and_the_run_ends_the_same(folders, tmp_path, caplog):
     config = config_of(folders)
