@@ -28,7 +28,7 @@ FLOORS = (
     ("cache",),
     ("models",),
     ("data", "generation", "training"),
-    ("tasks",),
+    ("tasks", "corpus"),
     ("evaluation",),
     ("dilution", "report"),
     ("evaluate", "generate", "train"),

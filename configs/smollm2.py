@@ -1,0 +1,59 @@
+"""Gates for SmolLM2-135M-Instruct on conversations about any text, in half an hour on two CPU cores.
+
+First the data, from text files of your own (BOOKS), questions (QUESTIONS.jsonl, such as GSM8K) and the model itself:
+
+    python -m retention_jax.corpus --kind=facts --texts=BOOKS --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --shortest=300 --longest=1000 --documents=2000 --output=runs/smollm2/facts.jsonl
+    python -m retention_jax.corpus --kind=answers --model=HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --prompts=QUESTIONS.jsonl --answers=500 --output=runs/smollm2/answers.jsonl
+    python -m retention_jax.corpus --kind=text --texts=BOOKS --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --shortest=300 --longest=1000 --documents=300 --output=runs/smollm2/text.jsonl
+
+Then the gates, and RULER's niah_single_2, whose wordings are in none of the data:
+
+    python -m retention_jax.train --config=configs/smollm2.py --workdir=runs/smollm2/gates \\
+        "--config.eval.sources=('ruler/niah_single_2=BOOK_UNSEEN.txt',)"
+
+`--config.backbone=FOLDER` takes a checkpoint of this machine in place of the hub's.
+
+Hardware and time: 2 CPU cores, half an hour for a trial of 82 steps (84,000 tokens) with the same gates and losses on
+other data: 60 % conversations about WikiText-2, 30 % GSM8K, 10 % plain text. Data and steps as they are here have not
+been run.
+Expected, from that trial, with the model's weights rounded to 4 bits: niah_single_2 at 1,024 tokens, evicted before the
+question, 10 prompts, 64 entries kept per layer and head: 80 %; with 128 kept: 100 %, as the full cache; with the same
+gates and a budget of 64 for each head: 10 %; StreamingLLM: 0 %.
+"""
+
+from ml_collections import ConfigDict
+
+from retention_jax import config
+from retention_jax.config import conversion
+
+
+def get_config() -> ConfigDict:
+    return conversion.to_config_dict(
+        config.TrainConfig(
+            stage="gates",
+            backbone="HuggingFaceTB/SmolLM2-135M-Instruct",
+            data=config.DataConfig(
+                task="chat",
+                files=("runs/smollm2/facts.jsonl", "runs/smollm2/answers.jsonl", "runs/smollm2/text.jsonl"),
+                weights=(0.6, 0.3, 0.1),
+                length=1024,
+                batch_size=1,
+            ),
+            gate=config.GateConfig(width=128, offset_init=6.0),
+            loss=config.LossConfig(budget=48),
+            optimizer=config.OptimizerConfig(learning_rate=2e-3, warmup_steps=15),
+            steps=100,
+            checkpoint_every=20,
+            eval=config.EvalConfig(
+                tasks=("ruler/niah_single_2",),
+                policies=("full", "retention", "retention_local", "streaming", "snapkv"),
+                budgets=(64, 128),
+                lengths=(1024,),
+                recent=32,
+                limit=10,
+            ),
+        )
+    )

@@ -1,0 +1,1 @@
+"""Training data for gates, made from a user's own text and by the model itself."""
