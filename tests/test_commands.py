@@ -298,7 +298,9 @@ def test_debug_shows_the_traceback_and_a_mistake_always_does():
 
 @pytest.mark.one_version  # starts several programs
 def test_ctrl_c_a_closed_pipe_and_a_poor_terminal():
-    body = "print('ready', flush=True); time.sleep(60)"
+    # What started the tests may have had Ctrl-C ignored, and programs inherit that.
+    body = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    body += "print('ready', flush=True); time.sleep(60)"
     program = [sys.executable, "-c", PROGRAM.format(body=body)]
     env = environment(PYTHONPATH=str(ROOT))
     with subprocess.Popen(program, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
