@@ -4,6 +4,7 @@ import pytest
 from helpers import row
 
 from retention_jax.evaluation import plots
+from retention_jax.policies.table import FULL
 
 
 def test_figure_is_a_picture(tmp_path):
@@ -19,7 +20,7 @@ def test_figure_is_a_picture(tmp_path):
     "full, wanted",
     [
         ((0.61, 0.60, 0.62), "retention with 48 of 768 entries\nbeats the full cache by 14.0 points"),
-        ((0.76, 0.74, 0.78), "retention with 48 of 768 entries is level with the full cache"),
+        ((0.76, 0.74, 0.78), "retention with 48 of 768 entries\nis level with the full cache"),
         ((0.90, 0.89, 0.91), "retention with 48 of 768 entries\nfalls short of the full cache by 15.0 points"),
     ],
 )
@@ -42,3 +43,37 @@ def test_title_knows_that_fewer_bits_are_better():
     ]
     rows.append(text._replace(policy="random", score=3.0, low=3.0, high=3.0))
     assert plots.message(rows).endswith("retention with 48 of 768 entries\nbeats the full cache by 0.500 bits per byte")
+
+
+def scored(score, policy="retention", budget=3, length=36, **changes):
+    return row(policy=policy, budget=budget, length=length, score=score, low=score, high=score, **changes)
+
+
+# Warnings are errors here. 3 is a value around which Matplotlib 3.11.2 chooses limits of no width.
+@pytest.mark.parametrize("figure", [plots.quality, plots.memory])
+@pytest.mark.parametrize(
+    "rows",
+    {
+        "all scores 0": [scored(0.0, FULL, 36), scored(0.0), scored(0.0, "random"), scored(0.0, budget=6)],
+        "all scores 1": [scored(1.0, FULL, 36), scored(1.0)],
+        "one point": [scored(0.0)],
+        "one point of 3 bytes": [scored(0.5, kv_bytes=3)],
+        "the full cache alone": [scored(0.0, FULL, 3, 3, kv_bytes=3)],
+        "one budget at two lengths": [scored(0.5), scored(0.0, length=72)],
+        "one length without the full cache": [scored(0.5, FULL, 36), scored(0.5, length=72)],
+        "one length of the full cache alone": [scored(0.5, FULL, 36), scored(0.5, FULL, 72), scored(0.5, length=72)],
+        "equal bits": [scored(2.5, FULL, 36, metric="bits_per_byte"), scored(2.5, metric="bits_per_byte")],
+    }.items(),
+    ids=lambda named: named[0],
+)
+def test_degenerate_results_are_drawn(tmp_path, figure, rows):
+    figure(rows[1], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_one_speed_is_drawn_and_none_refused(tmp_path):
+    plots.speed([plots.Speed("one", 3, 3.0)], tmp_path / "speed.png", "title")
+    assert (tmp_path / "speed.png").stat().st_size > 5000
+    for bad in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="a speed must be positive and finite, got .*bad"):
+            plots.speed([plots.Speed("bad", 1024, bad)], tmp_path / "none.png", "title")

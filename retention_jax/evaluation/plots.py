@@ -56,6 +56,7 @@ def quality(rows: Sequence[Row], path: str | os.PathLike) -> None:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(y=0.12)
         return drawn
 
     _by_length(rows, path, draw, "budget: kept entries per layer and head", message)
@@ -111,7 +112,8 @@ def _by_length(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     if not lower_is_better(rows[0].metric):
-        panels[0].set_ylim(bottom=0)  # now that all is drawn: a limit set by hand stops the axis from growing
+        # Now that all is drawn: a limit set by hand stops the axis from growing. Where all scores are 0 it ends at 1 %.
+        panels[0].set_ylim(0, max(panels[0].get_ylim()[1], 1.0))
     panels[0].set_ylabel(named(rows[0].metric))
     figure.supxlabel(x_label, fontsize=10)
     figure.suptitle(title(rows), fontsize=11, fontweight="bold")
@@ -165,7 +167,7 @@ def message(rows: Sequence[Row]) -> str:
     if full is None:
         return f"{where}: {who}\n{named(first.metric)}: {number(first.metric, first.score)}"
     if first.low <= full.high and full.low <= first.high:
-        return f"{where}: {who} is level with the full cache"
+        return f"{where}: {who}\nis level with the full cache"
     verb = "beats" if (first.score < full.score) == fewer_is_better else "falls short of"
     gap = abs(shown(first.metric, first.score) - shown(full.metric, full.score))
     by = f"{gap:.3f} {first.metric.replace('_', ' ')}" if fewer_is_better else f"{gap:.1f} points"
