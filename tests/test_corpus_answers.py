@@ -44,7 +44,7 @@ def test_prompts_have_one_turn_or_several(tmp_path):
         answers.read_prompts(str(path))
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # answers with a model, and once more after a kill or without a cache
 def test_answers_are_the_models_own(checkpoint, tmp_path):
     """Each is what the model says alone, with a full cache; a killed run goes on to the same file."""
     rows = write_answers(checkpoint, tmp_path, "a.jsonl")
@@ -69,7 +69,7 @@ def test_answers_are_the_models_own(checkpoint, tmp_path):
     assert (tmp_path / "d.jsonl").read_text() == '{"mine": 1}\n'
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # answers with a model, and once more after a kill or without a cache
 def test_greedy_answers_are_those_of_a_full_forward_pass(checkpoint, tmp_path):
     row = write_answers(checkpoint, tmp_path, "g.jsonl", "--temperature=0")[1]
     known, model = tokenizer.load(checkpoint), rj.load(checkpoint, None, "float32")

@@ -13,7 +13,7 @@ import retention_jax as rj
 from retention_jax.generation import conversation
 from retention_jax.policies.table import POLICIES
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # starts the command on meshes of 8 devices
 
 
 @pytest.mark.parametrize("mesh", ["tensor:8", "tensor:-1,data:1", "context:2,tensor:4"])

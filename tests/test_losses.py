@@ -16,8 +16,6 @@ from retention_jax.models.gate import GateParam
 from retention_jax.parallel import sharding
 from retention_jax.training import losses, vocabulary
 
-pytestmark = pytest.mark.one_version
-
 
 def capacity(mass, segments, **changes):
     return float(

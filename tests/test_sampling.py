@@ -10,8 +10,6 @@ import pytest
 from retention_jax.generation import sampling
 from retention_jax.generation.sampling import sample, settings
 
-pytestmark = pytest.mark.one_version
-
 
 def steps(count, step=2):
     return jnp.full(count, step)
