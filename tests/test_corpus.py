@@ -183,6 +183,22 @@ def test_users_and_assistants_take_turns(book):
         assert all(m["content"].strip() for m in row["messages"])
 
 
+def test_a_table_or_list_stands_alone(book):
+    blocks = 0
+    for row in some_rows(book):
+        messages = "\n\n".join(m["content"] for m in row["messages"])
+        for block in {t for fact in row["facts"] for t in fact["told"] if "\n" in t}:
+            blocks += 1
+            assert f"\n\n{block}\n\n" in f"\n\n{messages}\n\n"
+    assert blocks > 10
+
+
+def test_nobody_says_the_same_thing_twice(book):
+    for row in some_rows(book, 200):
+        said = [m["content"] for m in row["messages"] if m["role"] == "user"]
+        assert len(set(said)) == len(said)
+
+
 def test_questions_come_far_after_what_they_are_about(book):
     distances = []
     for row in some_rows(book):
@@ -227,18 +243,20 @@ def test_text_is_the_users_own_in_order(book):
 
 
 def test_sentences_end_where_they_end(tmp_path):
-    text = 'He saw Mr. Hill and J. Low on their way from the village to the river. "Is it really so?" She asked. '
-    text += "It was 3.5 m high! Yes.\n\nII. THE NEXT DAY."
+    text = 'He saw Mr. Hill and J. Low. "Is it so?" She asked. It was 3.5 m high! Yes.'
+    text += '\n\nII. THE NEXT DAY.\n\n"I?" I said.'
     (tmp_path / "t.txt").write_text(text)
     found = passages.read(str(tmp_path / "t.txt"))
     assert [p.text for p in found] == [
-        "He saw Mr. Hill and J. Low on their way from the village to the river.",
-        '"Is it really so?"',
+        "He saw Mr. Hill and J. Low.",
+        '"Is it so?"',
         "She asked.",
         "It was 3.5 m high!",
         "Yes.",
+        '"I?"',
+        "I said.",
     ]
-    assert [p.begins for p in found] == [True, False, False, False, False]
+    assert [p.begins for p in found] == [True, False, False, False, False, True, False]
 
 
 def test_a_long_sentence_is_cut_between_words(tmp_path):

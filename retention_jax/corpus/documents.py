@@ -133,8 +133,13 @@ def _plan(rng: Rng, target: int, lengths: Lengths) -> _Plan:
         fact = _other_than(rng, known, drawn)
         drawn.append(fact)
         turns[count - 1 if rng.random() < _LAST else 0].append(_question("unsaid", fact, (), fact.denial, ()))
+    said: set[str] = set()
     for after in turns:
-        after += [_Turn(*talk.other(rng)) for _ in range(rng.integers(0, 3 if sentences > 8 * count else 2))]
+        for _ in range(rng.integers(0, 3 if sentences > 8 * count else 2)):
+            user, assistant = talk.other(rng)
+            if user not in said:  # nobody says the same thing twice
+                said.add(user)
+                after.append(_Turn(user, assistant))
     turns = [_some_joined(rng, [after[i] for i in rng.permutation(len(after))]) for after in turns]
     return _Plan(
         told=sorted(told, key=lambda t: t.place),
@@ -229,11 +234,16 @@ def _mixed(pieces: Sequence[Piece], told: Sequence[tuple[str, float]]) -> str:
         gap = gaps[min(int(share * len(gaps)), len(gaps) - 1)]
         added.setdefault(gap, []).append(words)
     parts: list[Piece] = []
+
+    def add(piece: Piece, begins: bool) -> None:
+        """What has lines of its own stands alone; what follows it begins a paragraph."""
+        alone = "\n" in piece.text or (bool(parts) and "\n" in parts[-1].text)
+        parts.append(piece._replace(begins=begins or alone))
+
     for i in range(len(pieces) + 1):
-        # What has lines of its own, or follows a paragraph, stands alone; the rest goes on in the same paragraph.
         between = i == len(pieces) or pieces[i].begins
-        parts += [Piece(words, between or "\n" in words, True) for words in added.get(i, ())]
+        for words in added.get(i, ()):
+            add(Piece(words, begins=False, ends=True), between)
         if i < len(pieces):
-            alone = bool(parts) and "\n" in parts[-1].text
-            parts.append(pieces[i]._replace(begins=pieces[i].begins or alone))
+            add(pieces[i], pieces[i].begins)
     return passages.join(parts)

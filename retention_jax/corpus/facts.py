@@ -153,7 +153,7 @@ _COLLECTIONS = (
             "The {what} also holds the {value}.",
         ),
         ("What is in the {what}?", "What did we put into the {what}? List everything."),
-        "In the {what} are {values}.",
+        "The {what} holds these: {values}.",
     ),
     _Collection(
         lambda rng: pick(rng, words.PROJECTS),

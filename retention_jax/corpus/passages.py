@@ -10,7 +10,7 @@ from retention_jax.data import sources
 _LONGEST = 400  # characters of a piece; longer sentences are cut between words
 # A sentence ends here, unless the stop belongs to a title or to an initial.
 _END = re.compile(r"(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)(?<!Dr\.)(?<!St\.)(?<!\b[A-Z]\.)[\"'”’)]* +(?=[\"'“‘(]*[A-Z0-9])")
-_LOWER = 0.6  # share of small letters in prose; headings and tables of contents have fewer
+_LOWER = 0.5  # share of a paragraph's letters that are small; headings and tables of contents have fewer
 
 
 class Piece(NamedTuple):
@@ -42,7 +42,7 @@ def read(source: str) -> list[Piece]:
 
 def _is_prose(paragraph: str) -> bool:
     ends = paragraph.rstrip("\"'”’)_ ").endswith((".", "!", "?", ":", ";", ",", "-"))
-    return ends and sum(map(str.islower, paragraph)) >= _LOWER * len(paragraph)
+    return ends and sum(map(str.islower, paragraph)) >= _LOWER * sum(map(str.isalpha, paragraph))
 
 
 def _sentences(paragraph: str) -> list[str]:

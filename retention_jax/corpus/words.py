@@ -41,7 +41,7 @@ Lowick, Lucca, Malmo, Marlow, Mirefield, Nantes, Northgate, Odense, Oulu, Padua,
 Riga, Rosscarbery, Salamanca, Seahaven, Split, Stavanger, Sutton, Tarbert, Tartu, Trieste, Turku, Ullapool,
 Utrecht, Varna, Verona, Wexford, Windermere, Yarrow, Zadar""")
 THINGS = _list("""
-accordion, anvil, atlas, backpack, barometer, binoculars, blanket, camera, candlestick, canoe, cello, clock,
+accordion, anvil, atlas, backpack, barometer, blanket, camera, candlestick, canoe, cello, clock,
 compass, cradle, drill, drum, easel, fiddle, flute, globe, harp, helmet, inkwell, jigsaw, kayak, kettle, kite,
 lamp, lantern, lawn mower, loom, mandolin, microscope, mirror, oboe, paddle, piano, printer, projector, radio,
 rocking chair, rowing boat, saddle, samovar, scooter, sewing machine, skateboard, sledge, stapler, stove, suitcase,
