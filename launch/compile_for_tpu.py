@@ -108,8 +108,12 @@ def inference(setup: Setup) -> Program:
     chunk = (batch, setup.cache.prefill_chunk)
     of_chunk = lambda dtype: jax.ShapeDtypeStruct(chunk, dtype, sharding=_layout(mesh, sharding.WINDOW))
     inputs = Inputs(of_chunk(jnp.int32), of_chunk(jnp.bool_))  # pyright: ignore[reportArgumentType]
-    read = jax.jit(functools.partial(decoding.read_chunk, prompt=True), donate_argnames="buffer")
-    lowered = read.lower(model, inputs, buffer=buffer)
+
+    def hidden_of_chunk(model, inputs, buffer):
+        read, buffer = decoding.read_chunk(model, inputs, buffer, prompt=True)
+        return read.hidden, buffer
+
+    lowered = jax.jit(hidden_of_chunk, donate_argnames="buffer").lower(model, inputs, buffer=buffer)
     return Program(lowered, held, math.prod(chunk))
 
 

@@ -22,7 +22,7 @@ import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
 
-from retention_jax.config import CacheConfig, MeshConfig, conversion
+from retention_jax.config import CacheConfig, MeshConfig, checks, conversion
 from retention_jax.generation import conversation, prompt_files
 from retention_jax.generation.conversation import Totals, Writer
 from retention_jax.models import weights
@@ -79,7 +79,7 @@ def define_flags(values: flags.FlagValues) -> None:
     real("top_p", None, "Draw from the fewest likeliest tokens of this probability together.")
     real("min_p", None, "Draw from tokens of at least this share of the likeliest one's probability.")
 
-    hints = typing.get_type_hints(CacheConfig)
+    hints = checks.hints_of(CacheConfig)
     for field in dataclasses.fields(CacheConfig):
         kinds = {int: number, float: real, bool: switch, str: text}
         kind = next((k for k in kinds if k in (hints[field.name], *typing.get_args(hints[field.name]))), str)

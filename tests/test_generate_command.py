@@ -237,14 +237,15 @@ def test_a_conversation_reads_only_what_is_new(writer, stops):
         writer = writer._replace(tokenizer=writer.tokenizer._replace(stop_tokens=(reply[3],)))
         reply = reply[: reply.index(reply[3]) + 1]
     written = []
-    turn, stats = conversation.next_turn(writer, Conversation(), "two plus two?", written.append)
+    asked = conversation.turn_tokens(writer, Conversation(), "two plus two?")
+    turn, stats = conversation.take_turn(writer, Conversation(), *asked, written.append)
     assert "".join(written) == shown(writer, reply) and stats["prompt_tokens"] == len(first)
     assert turn.last == reply[-1] and seen(turn) == len(first) + len(reply) - 1
 
     added = writer.tokenizer.encode("<|end|>\n<|start|>user\nand?<|end|>\n<|start|>assistant\n", bos=False)
     context = first + (reply[:-1] if stops else reply) + added
     want, written = greedy(writer, context), []
-    turn, stats = conversation.next_turn(writer, turn, "and?", written.append)
+    turn, stats = conversation.take_turn(writer, turn, *conversation.turn_tokens(writer, turn, "and?"), written.append)
     assert "".join(written) == shown(writer, want)
     assert stats["prompt_tokens"] == len(added) + (not stops)
     assert seen(turn) == len(context) + len(want) - 1

@@ -98,8 +98,8 @@ def _step(buffer, model, tokens, valid):
 
 
 def _chunk(buffer, model, tokens, valid):
-    hidden, buffer = decoding.read_chunk(model, Inputs(tokens, valid), buffer, prompt=True)
-    return buffer, hidden
+    read, buffer = decoding.read_chunk(model, Inputs(tokens, valid), buffer, prompt=True)
+    return buffer, read.hidden
 
 
 def _eviction(buffer):

@@ -136,11 +136,11 @@ def shapes(model: ModelConfig, cache: CacheConfig, batch: int) -> Buffer:
     if mesh is None:
         return buffer
 
-    def laid_out(spec: sharding.P, part: Any) -> Any:
+    def place(spec: sharding.P, a: Any) -> jax.ShapeDtypeStruct:
         where = jax.sharding.NamedSharding(mesh, sharding.present(mesh, spec))
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), part)
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
 
-    return jax.tree.map(laid_out, layout(buffer), buffer, is_leaf=lambda x: isinstance(x, sharding.P))
+    return by_layout(place, buffer)
 
 
 def queries_wanted(cache: CacheConfig, tokens: int) -> int:
@@ -186,6 +186,12 @@ def layout(buffer: Buffer) -> Buffer:
         raise ValueError(f"the buffer was made for {buffer.shards} slot shards, but the mesh has {shards}")
     pool, window = sharding.POOL, sharding.WINDOW
     return buffer._replace(pool=pool, offset=pool, recent=window, recent_len=window, seen=window, queries=window)
+
+
+def by_layout(place: Callable[[sharding.P, Any], Any], buffer: Buffer) -> Buffer:
+    """`place(row, array)` of every array of a buffer, with the row of the table that it is laid out by."""
+    of_part = lambda row, part: jax.tree.map(functools.partial(place, row), part)
+    return jax.tree.map(of_part, layout(buffer), buffer, is_leaf=lambda x: isinstance(x, sharding.P))
 
 
 def on_every_device(function: Callable[..., Buffer], buffer: Buffer, *by_row: Entries | Array | None) -> Buffer:

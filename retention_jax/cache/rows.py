@@ -9,10 +9,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from retention_jax.cache.buffer import Buffer, layout
+from retention_jax.cache.buffer import Buffer, by_layout
 from retention_jax.parallel import sharding
 
 Row = int | Int[Array, ""]
@@ -82,17 +81,19 @@ def _take(buffer: Buffer, row: Int[Array, ""]) -> Buffer:
 
 @functools.partial(jax.jit, donate_argnames="buffer")
 def _insert(buffer: Buffer, row: Int[Array, ""], one: Buffer) -> Buffer:
-    write = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, row, axis=0)
-    return _laid_out(jax.tree.map(write, buffer, one))
+    return _written(buffer, row, one)
 
 
 @functools.partial(jax.jit, donate_argnames="buffer")
 def _reset(buffer: Buffer, row: Int[Array, ""]) -> Buffer:
     blank = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), buffer)
     unused = lambda entries: entries._replace(pos=entries.pos - 1)
-    blank = blank._replace(pool=unused(blank.pool), recent=unused(blank.recent))
+    return _written(buffer, row, blank._replace(pool=unused(blank.pool), recent=unused(blank.recent)))
+
+
+def _written(buffer: Buffer, row: Int[Array, ""], one: Buffer) -> Buffer:
     write = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, row, axis=0)
-    return _laid_out(jax.tree.map(write, buffer, blank))
+    return _laid_out(jax.tree.map(write, buffer, one))
 
 
 def _laid_out(buffer: Buffer) -> Buffer:
@@ -101,13 +102,8 @@ def _laid_out(buffer: Buffer) -> Buffer:
     if mesh is None:
         return buffer
 
-    def place(spec: P, part: Array) -> Array:
-        wide = P(*spec, *(None,) * (part.ndim - len(spec)))
-        fitting = NamedSharding(mesh, sharding.fitting(mesh, wide, part.shape))  # pyright: ignore[reportArgumentType]
-        return jax.lax.with_sharding_constraint(part, fitting)
+    def place(spec: sharding.P, a: Array) -> Array:
+        where = NamedSharding(mesh, sharding.leading(mesh, spec, a.shape))  # pyright: ignore[reportArgumentType]
+        return jax.lax.with_sharding_constraint(a, where)
 
-    specs, placed = layout(buffer), {}
-    for name in _ARRAYS:
-        spec = getattr(specs, name)
-        placed[name] = jax.tree.map(functools.partial(place, spec), getattr(buffer, name))
-    return buffer._replace(**placed)
+    return by_layout(place, buffer)

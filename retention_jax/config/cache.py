@@ -6,10 +6,6 @@ from retention_jax.config.checks import ConfigError, check_types, require
 from retention_jax.policies import table
 from retention_jax.policies.table import POLICIES, Policy
 
-# Fields that only some policies honour; the others refuse them rather than ignore them. The seed is not among them: it
-# is said of a run, whether or not its policy draws.
-_OF_SOME_POLICIES = ("horizon", "threshold", "observe", "pool_width")
-
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
@@ -25,7 +21,7 @@ class CacheConfig:
     threshold: float | None = None  # keep only score >= log(threshold), still capped by the budget
     horizon: int = 1  # steps of future use that the score counts
     local: bool = False  # M for each layer and head, in place of L*K*M for all together
-    seed: int = 0  # of random draws
+    seed: int = 0  # of random draws; said of a run, whether or not its policy draws
     observe: int = 32  # how many of the newest queries vote. Their entries stay, as far as half the budget.
     pool_width: int = 7  # neighbouring entries that share the best vote among them
 
@@ -77,7 +73,7 @@ class CacheConfig:
                     f"{option} belongs to the policies {honour(option)}; got {option}={getattr(self, option)} with "
                     f"policy={self.policy!r}",
                 )
-                for option in _OF_SOME_POLICIES
+                for option in table.special_options()
             ],
             (
                 self.row.scope == "all" or not self.local,

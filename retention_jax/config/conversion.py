@@ -65,7 +65,7 @@ def to_config_dict(config: Any) -> ConfigDict:
 
 def _typed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """The values with a typed placeholder for each None that stands for a number, text or switch."""
-    hints = typing.get_type_hints(cls)
+    hints = checks.hints_of(cls)
 
     def typed(name: str, value: Any) -> Any:
         if isinstance(value, dict) and (nested := _dataclass_in(hints[name])):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from retention_jax.cache import attend, empty, queries_wanted, take_in
+from retention_jax.cache import attend, empty, queries_wanted, take_in, window_sizes
 from retention_jax.cache.buffer import Buffer, Entries
 from retention_jax.config import CacheConfig
 from retention_jax.kernels import ops
@@ -110,7 +110,6 @@ def _masses(
         seen = jnp.exp(log_seen)
         return on_asked, on_any, useful * seen, seen
 
-    windows = None if buffer.windows is None else jnp.asarray(buffer.windows, jnp.int32)
     by_layer = lambda a: a.swapaxes(0, 1)
-    found = jax.lax.map(of_layer, (by_layer(queries), by_layer(new.k), jnp.arange(L), windows))
+    found = jax.lax.map(of_layer, (by_layer(queries), by_layer(new.k), jnp.arange(L), window_sizes(buffer.windows)))
     return tuple(jnp.moveaxis(a, 0, 2) for a in found)

@@ -19,6 +19,7 @@ from retention_jax.evaluation.prompts import Prompt, num_tokens
 from retention_jax.evaluation.rows import Row, interval
 from retention_jax.generation import decoding, runs
 from retention_jax.models.decoder import Decoder
+from retention_jax.models.inputs import padded
 from retention_jax.parallel import sharding
 from retention_jax.policies.table import FULL
 from retention_jax.tasks.example import Task
@@ -148,9 +149,7 @@ class Answers:
     def _read(self, texts: list[list[int]], cache: CacheConfig, buffer: Buffer | None) -> Buffer:
         """The buffer after one more text in each row."""
         lengths = [len(text) for text in texts]
-        tokens = np.zeros((len(texts), decoding.bucket(max(lengths), cache.prefill_chunk)), np.int32)
-        for row, text in zip(tokens, texts, strict=True):
-            row[: len(text)] = text
+        tokens = padded(texts, decoding.bucket(max(lengths), cache.prefill_chunk))
         return decoding.prefill(self.model, tokens, cache, lengths=lengths, buffer=buffer)[1]
 
     def _asked(self, prompt: Prompt, turn: int, last: int | None) -> list[int]:

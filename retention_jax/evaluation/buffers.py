@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from retention_jax.config import CacheConfig, EvalConfig
-from retention_jax.policies.table import FULL, POLICIES, Policy
+from retention_jax.policies.table import FULL, POLICIES, Policy, special_options
 
 _LOCAL = "_local"
 
@@ -97,4 +97,4 @@ def _honours(policy: Policy | None, option: str) -> bool:
     """Whether an option can change what a policy keeps; None is the full cache."""
     if policy is None:
         return option in ("recent", "prefill_chunk")
-    return option in policy.options or not any(option in row.options for row in POLICIES.values())
+    return option in policy.options or option not in special_options()

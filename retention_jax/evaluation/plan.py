@@ -62,7 +62,7 @@ def check_mesh(model: Decoder, config: EvalConfig) -> None:
         for name, budget in cells(config, heads):
             buffer = buffer_of(config, name, budget, heads)
             try:
-                jax.eval_shape(functools.partial(cache.empty, model.config, buffer, parts))
+                cache.shapes(model.config, buffer, parts)
             except ValueError as error:
                 problems.append(f"{name} with {budget} entries: {error}")
     if problems:

@@ -251,17 +251,6 @@ class Conversation(NamedTuple):
     buffer: Buffer | None = None
 
 
-def next_turn(
-    writer: Writer, before: Conversation, text: str, write: Callable[[str], object]
-) -> tuple[Conversation, dict[str, float]]:
-    """One turn of a conversation; only what is new is read, on top of the buffer.
-
-    Raises:
-      ValueError: as `turn_tokens` does.
-    """
-    return _take_turn(writer, before, *turn_tokens(writer, before, text), write)
-
-
 def turn_tokens(writer: Writer, before: Conversation, text: str) -> tuple[list[Message], list[int]]:
     """The messages until the next reply, and those of their tokens that the buffer does not hold yet.
 
@@ -283,9 +272,10 @@ def turn_tokens(writer: Writer, before: Conversation, text: str) -> tuple[list[M
     return messages, tokens
 
 
-def _take_turn(
+def take_turn(
     writer: Writer, before: Conversation, messages: list[Message], tokens: list[int], write: Callable[[str], object]
 ) -> tuple[Conversation, dict[str, float]]:
+    """One turn of a conversation, with what `turn_tokens` gave; only these tokens are read, on top of the buffer."""
     turn = sum(m["role"] == "assistant" for m in messages)
     out = reply(writer, tokens, write, seed=writer.seed + turn, buffer=before.buffer)
     messages = [*messages, {"role": "assistant", "content": writer.tokenizer.decode(out.tokens)}]
@@ -309,7 +299,7 @@ def converse(writer: Writer, lines: Iterable[str], write: Callable[[str], object
             except ValueError as error:
                 print(error, file=sys.stderr, flush=True)
                 continue
-            conversation, stats = _take_turn(writer, conversation, messages, tokens, write)
+            conversation, stats = take_turn(writer, conversation, messages, tokens, write)
             write("\n")
             totals = totals.add(stats)
     return totals

@@ -17,7 +17,7 @@ from retention_jax.cache import append, empty, evict_full, queries_wanted, take_
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
 from retention_jax.models import decoder
-from retention_jax.models.decoder import Decoder
+from retention_jax.models.decoder import Decoder, Extended
 from retention_jax.models.inputs import Inputs, chunk_of
 from retention_jax.parallel import sharding
 from retention_jax.runtime.arrays import AnyArray
@@ -45,7 +45,7 @@ def read_chunk(
     prompt: bool,
     length: Int[Array, " B"] | None = None,
     outlook: Float[Array, "B L K all"] | None = None,
-) -> tuple[Float[Array, "B C D"], Buffer]:
+) -> tuple[Extended, Buffer]:
     """Reads a chunk: attends to the buffer and the chunk, then merges the chunk into the pool.
 
     Args:
@@ -57,11 +57,11 @@ def read_chunk(
       outlook: as in `cache.take_in`.
 
     Returns:
-      The final hidden states of the chunk, and the buffer with the chunk in it.
+      What reading the chunk gave, and the buffer with the chunk in it.
     """
     wanted = queries_wanted(buffer.config, inputs.tokens.shape[1])
     read, valid = decoder.extend(model, inputs, buffer, queries=wanted, length=length), jnp.asarray(inputs.valid)
-    return read.hidden, take_in(buffer, read.entries, valid, read.queries, outlook, prompt=prompt)
+    return read, take_in(buffer, read.entries, valid, read.queries, outlook, prompt=prompt)
 
 
 def decode_step(
@@ -81,10 +81,10 @@ def _prefill_chunk(
     model: Decoder, inputs: Inputs, buffer: Buffer, last: Float[Array, "B D"], length: Int[Array, " B"]
 ) -> tuple[Float[Array, "B D"], Buffer]:
     """Reads a chunk of prompts. `last` is the hidden state of each row's newest token, before and after."""
-    hidden, buffer = read_chunk(model, inputs, buffer, prompt=True, length=length)
+    read, buffer = read_chunk(model, inputs, buffer, prompt=True, length=length)
     valid = jnp.asarray(inputs.valid)
     end = jnp.maximum(valid.sum(axis=1) - 1, 0)
-    newest = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
+    newest = jnp.take_along_axis(read.hidden, end[:, None, None], axis=1)[:, 0]
     return jnp.where(valid.any(axis=1)[:, None], newest, last), buffer
 
 

@@ -6,7 +6,6 @@ the same object with the fields of `RESULT_FIELDS`. Lines come in the order in w
 killed goes on when it is started again: finished rows are not computed twice.
 """
 
-import contextlib
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -91,42 +90,35 @@ def write_results(writer: Writer, prompts: list[Prompt], path: pathlib.Path, bat
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     totals = Totals()
-    with contextlib.ExitStack() as held:
-        finished = set(_open_results(held, prompts, path, run))
-        todo = sorted((p for p in prompts if p.index not in finished), key=lambda p: -len(p.tokens))
-        progress = tqdm.tqdm(total=len(prompts), initial=len(finished), unit="prompt", disable=None)
-        held.enter_context(progress)
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            # Rows of devices want equally many prompts: the last one is repeated, and what it writes again is left out.
-            filled = batch + batch[-1:] * (-len(batch) % sharding.row_parts(writer.model))
-            out = generate(
-                writer.model,
-                [p.tokens for p in filled],
-                writer.cache,
-                max_new_tokens=writer.max_new_tokens,
-                seed=writer.seed,
-                **writer.drawing,
-                stop_tokens=writer.tokenizer.stop_tokens,
-                row_ids=[p.index for p in filled],
-            )
-            new_tokens = out.tokens[: len(batch)]
-            counts = {
-                "prompt_tokens": float(sum(len(p.tokens) for p in batch)),
-                "new_tokens": float(sum(map(len, new_tokens))),
-            }
-            totals = totals.add(out.stats | counts)
-            results = [_result(writer, p, new, run) for p, new in zip(batch, new_tokens, strict=True)]
-            files.append_json_line(path, *results)
-            progress.update(len(batch))
-    return totals
-
-
-def _open_results(held: contextlib.ExitStack, prompts: list[Prompt], path: pathlib.Path, run: str) -> list[int]:
-    """Makes the file where it is not there, and holds it for this process. The indices of the rows that it has."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    held.enter_context(files.locked(path))
-    return _finished(prompts, path, run)
+    with files.locked(path):
+        finished = set(_finished(prompts, path, run))
+        todo = sorted((p for p in prompts if p.index not in finished), key=lambda p: -len(p.tokens))
+        with tqdm.tqdm(total=len(prompts), initial=len(finished), unit="prompt", disable=None) as progress:
+            for start in range(0, len(todo), batch_size):
+                batch = todo[start : start + batch_size]
+                # Rows of devices want equally many prompts: the last one is repeated, and its copies are left out.
+                filled = batch + batch[-1:] * (-len(batch) % sharding.row_parts(writer.model))
+                out = generate(
+                    writer.model,
+                    [p.tokens for p in filled],
+                    writer.cache,
+                    max_new_tokens=writer.max_new_tokens,
+                    seed=writer.seed,
+                    **writer.drawing,
+                    stop_tokens=writer.tokenizer.stop_tokens,
+                    row_ids=[p.index for p in filled],
+                )
+                new_tokens = out.tokens[: len(batch)]
+                counts = {
+                    "prompt_tokens": float(sum(len(p.tokens) for p in batch)),
+                    "new_tokens": float(sum(map(len, new_tokens))),
+                }
+                totals = totals.add(out.stats | counts)
+                results = [_result(writer, p, new, run) for p, new in zip(batch, new_tokens, strict=True)]
+                files.append_json_line(path, *results)
+                progress.update(len(batch))
+    return totals
 
 
 def _result(writer: Writer, prompt: Prompt, new: list[int], run: str) -> dict[str, Any]:

@@ -125,8 +125,8 @@ def _score_chunk(
     outlook: Float[Array, "B L K all"] | None,
 ) -> tuple[Buffer, Scores]:
     """Reads all tokens but the last, which is only predicted; what was kept of them, and how they were predicted."""
-    hidden, buffer = read_chunk(model, Inputs(tokens[:, :-1], valid), buffer, prompt=False, outlook=outlook)
-    log_probs = jax.nn.log_softmax(decoder.unembed(model, hidden), axis=-1)
+    read, buffer = read_chunk(model, Inputs(tokens[:, :-1], valid), buffer, prompt=False, outlook=outlook)
+    log_probs = jax.nn.log_softmax(decoder.unembed(model, read.hidden), axis=-1)
     log_prob = jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
     scores = Scores(log_prob, jnp.argmax(log_probs, axis=-1).astype(jnp.int32))
     return buffer, jax.tree.map(lambda a: sharding.constrain(a, "scores"), scores)

@@ -210,10 +210,14 @@ def warn_of_uncut(mesh: Mesh | AbstractMesh, tree: Any, table: dict[str, P] = WE
         )
 
 
-def of_activation(mesh: Mesh | AbstractMesh, row: str, shape: tuple[int, ...]) -> P:
-    """A row of ACTIVATIONS for an array of `shape`, as `fitting` has it; axes behind the row's are not cut."""
-    spec = ACTIVATIONS[row]
+def leading(mesh: Mesh | AbstractMesh, spec: P, shape: tuple[int, ...]) -> P:
+    """A row of the table for the first axes of an array of `shape`, as `fitting` has it; axes behind are not cut."""
     return fitting(mesh, P(*spec, *(None,) * (len(shape) - len(spec))), shape)
+
+
+def of_activation(mesh: Mesh | AbstractMesh, row: str, shape: tuple[int, ...]) -> P:
+    """A row of ACTIVATIONS for an array of `shape`, as `leading` has it."""
+    return leading(mesh, ACTIVATIONS[row], shape)
 
 
 def constrain(x: Array, row: str) -> Array:
@@ -273,8 +277,3 @@ def on_host(array: jax.Array) -> np.ndarray:
     """All of an array, of whose parts every process may hold some; every process must call it."""
     here = array.is_fully_addressable or array.is_fully_replicated
     return np.asarray(array if here else multihost_utils.process_allgather(array, tiled=True))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Everything on every device."""
-    return NamedSharding(mesh, P())

@@ -121,11 +121,7 @@ class Policy(NamedTuple):
     uses_gates: bool = False  # without trained gates it says nothing
     needs_future: bool = False  # must be told what comes: runs only where whole sequences are scored
     needs_prompt: bool = False  # tells a prompt from what follows it
-
-    @property
-    def seeded(self) -> bool:
-        """Whether it draws random numbers."""
-        return "seed" in self.options
+    seeded: bool = False  # draws random numbers
 
 
 def _retention(options: Options, x: Everything) -> Scored:
@@ -215,8 +211,8 @@ _OBSERVING = ("observe", "pool_width")
 _ROWS = (
     Policy("retention", _retention, "all", ("horizon", "threshold"), carry=_log_beta, uses_gates=True),
     Policy("streaming", _streaming, "all"),
-    Policy("random", _random, "all", ("seed",)),
-    Policy("random_keep_prompt", _random_keep_prompt, "all", ("seed",), carry=_whether_prompt, needs_prompt=True),
+    Policy("random", _random, "all", seeded=True),
+    Policy("random_keep_prompt", _random_keep_prompt, "all", carry=_whether_prompt, needs_prompt=True, seeded=True),
     Policy("key_norm", _key_norm, "head"),
     Policy("key_diff", _key_diff, "head"),
     Policy("tova", _tova, "head", queries=lambda observe, tokens: 1),
@@ -250,6 +246,11 @@ _ROWS = (
     Policy("oracle", _oracle, "all", needs_future=True),
 )
 POLICIES = {row.name: row for row in _ROWS}
+
+
+def special_options() -> tuple[str, ...]:
+    """Fields of CacheConfig that only some policies honour; the others refuse them rather than ignore them."""
+    return tuple(dict.fromkeys(option for row in POLICIES.values() for option in row.options))
 
 
 def unknown(name: str) -> str:

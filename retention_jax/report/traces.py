@@ -11,13 +11,13 @@ import numpy as np
 import tqdm
 from jaxtyping import Array, Bool, Float, Int
 
-from retention_jax.cache import empty, queries_wanted, take_in
+from retention_jax.cache import empty
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig, TrainConfig
 from retention_jax.data import recall
-from retention_jax.models import decoder
+from retention_jax.generation.decoding import read_chunk
 from retention_jax.models.decoder import Decoder
-from retention_jax.models.inputs import Inputs
+from retention_jax.models.inputs import Inputs, chunk_of
 from retention_jax.parallel import sharding
 from retention_jax.policies.table import POLICIES
 from retention_jax.runtime import files, hub
@@ -55,13 +55,10 @@ def half_life(log_beta: Float[np.ndarray, "*axes"]) -> Float[np.ndarray, "*axes"
 
 
 @functools.partial(jax.jit, donate_argnames="buffer")
-def _read(
-    model: Decoder, tokens: Int[Array, "B C"], valid: Bool[Array, "B C"], buffer: Buffer
-) -> tuple[Float[Array, "B L K C"], Buffer]:
+def _read(model: Decoder, inputs: Inputs, buffer: Buffer) -> tuple[Float[Array, "B L K C"], Buffer]:
     """log_beta of the new entries, and the buffer that took them in."""
-    inputs, wanted = Inputs(tokens, valid), queries_wanted(buffer.config, tokens.shape[1])
-    read = decoder.extend(model, inputs, buffer, queries=wanted)
-    return read.entries.stat, take_in(buffer, read.entries, valid, read.queries, prompt=False)
+    read, buffer = read_chunk(model, inputs, buffer, prompt=False)
+    return read.entries.stat, buffer
 
 
 def record(
@@ -89,8 +86,6 @@ def record(
     if problems:
         raise ValueError(f"trace of {title!r}: " + "; ".join(problems))
     heads = model.config.num_layers * model.config.num_kv_heads
-    padded = np.zeros(-(-T // R) * R, np.int32)
-    padded[:T] = tokens
     log_beta, evicted = np.zeros((heads, T), np.float32), np.full(heads * T, NEVER, np.int32)
     stays = np.zeros(heads * T, bool)  # all False between two chunks, so that a chunk costs what it holds, not T
     held = np.zeros(0, np.int64)  # entries, each as head * T + position
@@ -98,8 +93,7 @@ def record(
         buffer = empty(model.config, cache, 1)
         for start in tqdm.trange(0, T, R, unit="chunk", desc=title, leave=False, disable=None):
             seen = min(start + R, T)
-            valid = np.arange(start, start + R)[None] < T
-            scores, buffer = _read(model, padded[None, start : start + R], valid, buffer)
+            scores, buffer = _read(model, chunk_of(tokens[None], np.array([T]), start, R), buffer)
             log_beta[:, start:seen] = sharding.on_host(scores)[0].reshape(heads, R)[:, : seen - start]
             new = (np.arange(heads)[:, None] * T + np.arange(start, seen)[None]).reshape(-1)
             candidates, held = np.concatenate([held, new]), _held(buffer, heads, T)
