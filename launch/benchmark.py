@@ -9,13 +9,15 @@ prefill       reading prompts in chunks
 attention     retention attention, `jax.nn.dot_product_attention` and a T x T bias, forward and backward
 mass          retention mass of all layers and heads, beside T x T
 evict         exact selection beside `jax.lax.top_k`, with the same survivors, and whole evictions
-train         a training step of the gates, and the share of retention mass
+train         a training step of the gates, with --labels of its tokens to predict, and the share of retention mass
+startup       seconds from the start of a process to its first token, cold and with compiled programs on disk
 transformers  `transformers.generate` on the CPU, same checkpoint and prompts; needs torch and transformers
 
-Models are shapes with random weights. Columns "% of copy" and "% of matmul" are the least bytes and operations that the
-task takes, over what a large copy and a large matrix product reached in the same run: above 100 where a CPU's caches
-hold the data. Times are medians; calls that compile are not among them. With --topology nothing runs: the TPU compiler
-says what a program takes on one device of that topology, and "% of roofline" compares with the least.
+Models are shapes with random weights; of a folder, `transformers` takes the weights too. Columns "% of copy" and "% of
+matmul" are the least bytes and operations that the task takes, over what a large copy and a large matrix product
+reached in the same run: above 100 where a CPU's caches hold the data. Times are medians; calls that compile are not
+among them, but in `startup`. With --topology nothing runs: the TPU compiler says what a program takes on one device of
+that topology, and "% of roofline" compares with the least.
 """
 
 import os
@@ -26,11 +28,21 @@ from typing import Any
 import chips
 import jax
 from absl import app, flags, logging
-from benchmarks import beside_transformers, estimate, generation, operations, programs, report, settings, training
+from benchmarks import (
+    beside_transformers,
+    estimate,
+    generation,
+    operations,
+    programs,
+    report,
+    settings,
+    startup,
+    training,
+)
 
 from retention_jax.runtime import command as command_line
 
-COMMANDS = ("decode", "prefill", "attention", "mass", "evict", "train", "transformers")
+COMMANDS = ("decode", "prefill", "attention", "mass", "evict", "train", "startup", "transformers")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -38,7 +50,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text = lambda name, default, what: flags.DEFINE_string(name, default, what, flag_values=values)
     numbers = lambda name, default, what: flags.DEFINE_list(name, default, what, flag_values=values)
     number = lambda name, default, what: flags.DEFINE_integer(name, default, what, flag_values=values, lower_bound=1)
-    text("model", "small", "Shape: small, or a name in launch/model_shapes.py.")
+    text("model", "small", "Shape: small, a name in launch/model_shapes.py, or a folder of a Hugging Face checkpoint.")
     text("dtype", None, "Of weights and cache: bfloat16 or float32. Default: float32 for small, else bfloat16.")
     number("layers", None, "In place of the shape's layers.")
     number("width", None, "In place of its width; the MLP of a small model is three times as wide.")
@@ -54,6 +66,9 @@ def define_flags(values: flags.FlagValues) -> None:
     number("chunk", 1024, "Prompt tokens read at a time.")
     number("new_tokens", 256, "Tokens decoded in each timing.")
     number("repeats", 3, "Timings, of which the median counts.")
+    share = "train: share of a row's tokens that are to be predicted."
+    flags.DEFINE_float("labels", 1.0, share, 0.0, 1.0, flag_values=values)
+    flags.DEFINE_boolean("remat", True, "train: recompute layers in the backward pass.", flag_values=values)
     text("topology", "", "TPU topology to compile for, such as v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1.")
     text("output", "", "JSON file to write.")
     text("plot", "", "PNG file to write, tokens/s against context.")
@@ -72,18 +87,23 @@ def make_settings(values: flags.FlagValues) -> settings.Settings:
             problems.append(f"--{name} must be whole numbers above 0, got {','.join(given)!r}")
         else:
             lists[name] = tuple(map(int, given))
-    if values.model not in settings.SHAPES:
-        problems.append(f"--model must be one of {', '.join(settings.SHAPES)}, got {values.model!r}")
+    folder = pathlib.Path(values.model).expanduser()
+    if values.model not in settings.SHAPES and not (folder / "config.json").is_file():
+        known = ", ".join(settings.SHAPES)
+        problems.append(f"--model must be one of {known}, or a folder with a config.json, got {values.model!r}")
     if values.dtype not in (None, "float32", "bfloat16"):
         problems.append(f"--dtype must be float32 or bfloat16, got {values.dtype!r}")
     if values.new_tokens < 2:
         problems.append("--new_tokens must be at least 2: the first comes out of the prompt")
+    changes = [f for f in ("layers", "width", "heads", "kv_heads", "head_size", "vocab") if values[f].present]
+    if values.model not in settings.SHAPES and changes:
+        problems.append(f"a folder's shape stays as it is: leave out --{', --'.join(changes)}")
     if problems:
         raise ValueError("; ".join(problems))
     small = values.model == "small"
     return settings.Settings(
         model=settings.model_config(
-            values.model,
+            values.model if values.model in settings.SHAPES else str(folder),
             values.dtype or ("float32" if small else "bfloat16"),
             num_layers=values.layers,
             width=values.width,
@@ -98,6 +118,9 @@ def make_settings(values: flags.FlagValues) -> settings.Settings:
         chunk=values.chunk,
         new_tokens=values.new_tokens,
         repeats=values.repeats,
+        labels=values.labels,
+        remat=values.remat,
+        checkpoint="" if values.model in settings.SHAPES else str(folder),
         **lists,
     )
 
@@ -117,7 +140,9 @@ def measured(command: str, given: settings.Settings, ceilings: Any) -> Any:
             return operations.evict(given, ceilings)
         case "train":
             return training.steps(given, ceilings)
-    return beside_transformers.compare(given)
+        case "startup":
+            return startup.first_token(given)
+    return beside_transformers.compare(given, ceilings)
 
 
 def estimated(command: str, given: settings.Settings, topology: str) -> Any:

@@ -11,7 +11,11 @@ import jax
 import numpy as np
 import pytest
 from absl import app, flags, logging
+from flax import nnx
 from helpers import environment_for_tpu_compiler
+
+import retention_jax as rj
+from retention_jax.models.decoder import Decoder
 
 pytestmark = pytest.mark.slow  # each command compiles all that it measures
 
@@ -32,11 +36,11 @@ def benchmark():
 
 @pytest.fixture
 def run(benchmark, tmp_path):
-    def run(command, *more):
+    def run(command, *more, shape=SHAPE):
         values = flags.FlagValues()
         benchmark.define_flags(values)
         values["verbosity"] = flags.FLAGS["verbosity"]
-        values(["benchmark", *SHAPE, *SIZES, *more, f"--output={tmp_path / 'out.json'}"])
+        values(["benchmark", *shape, *SIZES, *more, f"--output={tmp_path / 'out.json'}"])
         before = logging.get_verbosity()
         try:
             benchmark.main(["benchmark", command], values)
@@ -103,6 +107,30 @@ def test_train(run):
     assert row["what"] == "gate step" and 0 < row["of_mass"] < 1 and row["teraflops"] > 0
 
 
+def test_a_step_does_less_work_with_fewer_labels_and_without_recomputation(run):
+    least = lambda *flags: (row := run("train", "--contexts=40", *flags)["train"][0])["teraflops"] * row["milliseconds"]
+    everything = least()
+    assert least("--noremat") < everything and least("--labels=0.1") < everything
+
+
+def test_a_checkpoint_beside_transformers(run, tmp_path):
+    pytest.importorskip("torch")
+    config = rj.ModelConfig(
+        vocab_size=64, num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_size=8, mlp_width=48
+    )
+    rj.save_backbone(Decoder(config, rj.GateConfig(width=16), rngs=nnx.Rngs(1)), tmp_path / "model")
+    rows = run("transformers", f"--model={tmp_path / 'model'}", "--dtype=float32", shape=())["transformers"]
+    assert [r["what"] for r in rows] == ["transformers", "full", "budget 8"]
+    assert rows[1]["note"].endswith("same tokens") and "x, token" in rows[2]["note"]
+    assert all(r["of_bandwidth"] > 0 and r["kv_bytes"] > 0 and r["prefill_seconds"] > 0 for r in rows)
+
+
+def test_startup(run):
+    cold, warm = run("startup")["startup"]
+    assert (cold["what"], warm["what"]) == ("no programs on disk", "programs on disk")
+    assert cold["first_seconds"] > cold["second_seconds"] > 0 and min(cold["import_seconds"], cold["load_seconds"]) > 0
+
+
 def test_what_does_not_fit_is_told_and_left_out(run, monkeypatch, benchmark):
     monkeypatch.setattr(importlib.import_module("benchmarks.programs"), "available_bytes", lambda: 2**16)
     rows = run("attention", "--contexts=200")["attention"]
@@ -112,7 +140,8 @@ def test_what_does_not_fit_is_told_and_left_out(run, monkeypatch, benchmark):
 @pytest.mark.parametrize(
     "arguments, message",
     (
-        (("--model=gpt",), "--model must be one of small, qwen3_0_6b, .* got 'gpt'"),
+        (("--model=gpt",), "--model must be one of small, qwen3_0_6b, .*, or a folder with a config.json, got 'gpt'"),
+        ((f"--model={LAUNCH.parent / 'tests'}",), "a folder with a config.json, got"),
         (("--budgets=0", "--contexts=a"), "--contexts must be whole numbers above 0, got 'a'; --budgets .* got '0'"),
         (("--new_tokens=1", "--dtype=int8"), "--dtype must be .* 'int8'; --new_tokens must be at least 2"),
     ),

@@ -1,5 +1,6 @@
 """Launch scripts: clean shell, the commands that --dry_run prints, what they do when a run fails, stops or waits."""
 
+import importlib
 import os
 import pathlib
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 
 import pytest
+from absl import flags
 
 pytestmark = pytest.mark.one_version
 
@@ -295,3 +297,28 @@ def test_nothing_outlives_the_launcher(tmp_path):
 def test_what_is_missing_is_said(script, arguments, message):
     ran = subprocess.run(["bash", LAUNCH / script, *arguments], capture_output=True, text=True, timeout=20)
     assert ran.returncode == 2 and message in ran.stderr
+
+
+def test_what_measures_a_gpu_calls_benchmarks_that_exist(tmp_path, monkeypatch):
+    """Both ways of each operation, within ten minutes; a step that fails does not end the others."""
+    for name, does in (("nvidia-smi", ""), ("python", 'echo "$RETENTION_JAX_KERNELS $*" >> calls; exit 3')):
+        (tmp_path / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHON", str(tmp_path / "python"))
+    script = LAUNCH / "measure_gpu.sh"
+    done = subprocess.run(["bash", script, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0 and "attention-triton: status 3" in done.stdout, done.stderr
+    tests, *benches = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert tests[-1] == "tests/kernels/test_device.py" and (LAUNCH.parent / tests[-1]).is_file()
+    monkeypatch.syspath_prepend(LAUNCH)
+    benchmark = importlib.import_module("benchmark")
+    for _, script, command, *arguments in benches:
+        assert script == "launch/benchmark.py" and command in benchmark.COMMANDS
+        values = flags.FlagValues()
+        benchmark.define_flags(values)
+        assert values(["benchmark", *arguments]) == ["benchmark"]
+        benchmark.make_settings(values)
+    assert [b[0] for b in benches] == ["xla", "triton"] * (len(benches) // 2)
+    seconds = re.findall(r"of (\d+) s at most", done.stdout)
+    assert len(seconds) == len(benches) + 1 and sum(map(int, seconds)) <= 600

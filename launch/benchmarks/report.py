@@ -41,6 +41,10 @@ COLUMNS = {
     "eviction_milliseconds": Column("eviction ms", 11, ".2f"),
     "of_eviction": Column("% eviction", 10, ".1f", 100),
     "of_mass": Column("% mass", 7, ".1f", 100),
+    "import_seconds": Column("import s", 9, ".2f"),
+    "load_seconds": Column("load s", 7, ".2f"),
+    "first_seconds": Column("1st prompt s", 12, ".2f"),
+    "second_seconds": Column("2nd prompt s", 12, ".2f"),
     "kv_bytes": Column("KV MiB", 9, ".2f", 2**-20),
     "gigabytes": Column("GB", 9, ".3f"),
     "gigaflops": Column("GFLOP", 11, ".2f"),
@@ -59,7 +63,8 @@ TABLES = {
     "mass": (*_CELL, "pass", *_RATES, "temporary_bytes", "note"),
     "evict": ("batch", "budget", "what", *_RATES[:1], *_RATES[2:4], "temporary_bytes", "note"),
     "train": (*_CELL, *_RATES[:2], *_RATES[4:], "of_mass", "temporary_bytes", "note"),
-    "transformers": (*_CELL, "prefill_seconds", "tokens_per_second", "kv_bytes", "note"),
+    "startup": (*_CELL, "import_seconds", "load_seconds", "first_seconds", "second_seconds"),
+    "transformers": (*_CELL, "prefill_seconds", "tokens_per_second", "of_bandwidth", "kv_bytes", "note"),
 }
 _ESTIMATED = ("milliseconds", "gigabytes", "gigaflops", "bound", "of_roofline", "temporary_bytes", "of_memory", "note")
 

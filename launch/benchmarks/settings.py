@@ -19,8 +19,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def model_config(name: str, dtype: Literal["float32", "bfloat16"], **changes: int | None) -> rj.ModelConfig:
-    """A shape by name with some of its numbers changed, where they are not None."""
+    """A shape by name, or of a checkpoint's folder, with some of its numbers changed, where they are not None."""
     given = {field: value for field, value in changes.items() if value is not None}
+    if name not in SHAPES:
+        return dataclasses.replace(model_shapes.of(name, dtype), **given)
     return rj.ModelConfig(**{**SHAPES[name], **given, "dtype": dtype})
 
 
@@ -41,6 +43,9 @@ class Settings(NamedTuple):
     chunk: int  # tokens of a prompt read at a time
     new_tokens: int  # decoded in each timing
     repeats: int  # timings, of which the median counts
+    labels: float  # share of a row's tokens that a training step is to predict
+    remat: bool  # whether a training step recomputes its layers
+    checkpoint: str  # folder of weights for `transformers`; "" makes random ones
 
     def with_layers(self, layers: int) -> "Settings":
         return self._replace(model=dataclasses.replace(self.model, num_layers=layers))
@@ -116,10 +121,12 @@ def reading_work(settings: Settings, batch: int, tokens: int, start: int, kept: 
 
 
 def training_work(settings: Settings, batch: int, tokens: int) -> Work:
-    """A gate step with recomputed layers: student and teacher forward, recomputation, gradient of the activations.
+    """A gate step: teacher and student forward, the gradient of the activations, and with `remat` the student again.
 
-    Attention's backward pass is 2.5 times its forward pass. Bytes are not what bounds it.
+    Attention's backward pass is 2.5 times its forward pass. The vocabulary head is needed at labels only, and its
+    logits are always made again. Bytes are not what bounds it.
     """
-    parts = weights(settings)
-    attention = 5.5 * attention_flops(settings.model, tokens * (tokens + 1) / 2)
-    return Work(batch * (8.0 * (parts.layers + parts.head) * tokens + attention), 0.0)
+    parts, again = weights(settings), float(settings.remat)
+    attention = (4.5 + again) * attention_flops(settings.model, tokens * (tokens + 1) / 2)
+    products = (6.0 + 2.0 * again) * parts.layers + settings.labels * 10.0 * parts.head
+    return Work(batch * (products * tokens + attention), 0.0)

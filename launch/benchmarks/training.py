@@ -17,7 +17,7 @@ from .settings import Settings, new_model, training_work
 
 
 def train_cases(settings: Settings) -> Iterator[Case]:
-    """A step over full rows, each one document, with recomputed layers."""
+    """A step over full rows, each one document."""
     for batch, tokens in settings.cells:
         config = TrainConfig(
             stage="gates",
@@ -27,7 +27,7 @@ def train_cases(settings: Settings) -> Iterator[Case]:
             gate=settings.gate,
             loss=LossConfig(budget=settings.budgets[0]),
             dtype=settings.model.dtype,
-            remat=True,
+            remat=settings.remat,
         )
         optimizer = train.make_optimizer(config.optimizer, config.steps)
         shapes = jax.eval_shape(lambda: new_model(settings))
@@ -38,7 +38,7 @@ def train_cases(settings: Settings) -> Iterator[Case]:
             data = {
                 "tokens": jax.random.randint(jax.random.key(1), (batch, tokens), 0, settings.model.vocab_size),
                 "segment_ids": jnp.ones((batch, tokens), jnp.int32),
-                "label_mask": jnp.ones((batch, tokens), bool),
+                "label_mask": jax.random.uniform(jax.random.key(2), (batch, tokens)) < settings.labels,
             }
             return TrainState(params, optimizer.init(params), jnp.int32(0)), frozen, data
 

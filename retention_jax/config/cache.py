@@ -89,7 +89,7 @@ class CacheConfig:
     @classmethod
     def full(cls, tokens: int, *, recent: int = 128, prefill_chunk: int | None = None) -> "CacheConfig":
         """A cache that keeps everything of a sequence of up to `tokens` tokens, prompt and answer together."""
-        return cls(budget=tokens, recent=recent, prefill_chunk=prefill_chunk)
+        return cls(budget=tokens, recent=recent, policy=table.OF_FULL, prefill_chunk=prefill_chunk)
 
     @property
     def row(self) -> Policy:

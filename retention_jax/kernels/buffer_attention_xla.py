@@ -55,21 +55,34 @@ def buffer_attention(
     K = recent_k.shape[2]
     G = N // K
     of_layer = lambda a: jax.lax.dynamic_index_in_dim(a, layer, axis=1, keepdims=False)
-    queries = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     # The oldest position that each query sees.
     oldest, recent_pos, pool_pos = None, None, None
     if window is not None:
         one_head = window.seen[:, None] + jnp.arange(T, dtype=jnp.int32)[None] - window.size + 1
         oldest, pool_pos = jnp.tile(one_head, (1, G)), window.pool_pos
         recent_pos = window.recent_pos[:, None] + jnp.arange(recent_k.shape[3], dtype=jnp.int32)[None]
-    parts = (
-        _pool_part(queries, pool_k, pool_v, offset, pool_pos, oldest),
-        _dense_part(queries, of_layer(recent_k), of_layer(recent_v), recent_range, recent_pos, oldest),
-    )
+
     by_token = lambda a: (
         a.reshape(B, K, G, T, *a.shape[3:]).swapaxes(1, 3).swapaxes(2, 3).reshape(B, T, N, *a.shape[3:])
     )
-    return merge([Partial(by_token(p.out), by_token(p.lse)) for p in parts])
+
+    def attend(q: Float[Array, "B T N H"]) -> Partial:
+        queries = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+        parts = (
+            _pool_part(queries, pool_k, pool_v, offset, pool_pos, oldest),
+            _dense_part(queries, of_layer(recent_k), of_layer(recent_v), recent_range, recent_pos, oldest),
+        )
+        return merge([Partial(by_token(p.out), by_token(p.lse)) for p in parts])
+
+    if T == 1:  # a token that is decoded: something came before it
+        return attend(q)
+    holds_any = jnp.any(offset[:, -1] > offset[:, 0]) | jnp.any(recent_range[:, 1] > recent_range[:, 0])
+    return jax.lax.cond(holds_any, attend, _attend_to_nothing, q)
+
+
+def _attend_to_nothing(q: Float[Array, "B T N H"]) -> Partial:
+    wide = np.promote_types(q.dtype, np.float32)
+    return Partial(jnp.zeros(q.shape, wide), jnp.full(q.shape[:3], -jnp.inf, wide))
 
 
 def _dense_part(

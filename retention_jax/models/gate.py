@@ -72,6 +72,7 @@ def log_retention(
     features: Float[Array, "B T heads W"], weight: Float[Array, "K W"], offset: Float[Array, " K"]
 ) -> Float[Array, "B K T"]:
     """log_beta <= 0 of each token and key/value head of one layer, float32."""
-    features = jnp.broadcast_to(features, features.shape[:2] + weight.shape)
-    logit = jnp.einsum("btkw,kw->bkt", features, weight, precision=jax.lax.Precision.HIGHEST)
+    dot = lambda spec, a: jnp.einsum(spec, a, weight, precision=jax.lax.Precision.HIGHEST)
+    # Where all heads read the same features, one matrix product is much faster than a dot product for each head.
+    logit = dot("btw,kw->bkt", features[:, :, 0]) if features.shape[2] == 1 else dot("btkw,kw->bkt", features)
     return jax.nn.log_sigmoid(logit + offset[None, :, None])

@@ -17,6 +17,7 @@ from retention_jax.policies.scores import STREAMING_SINKS
 
 DEFAULT = "retention"
 FULL = "full"  # how commands and results call the cache that keeps everything, which is no policy
+OF_FULL = "streaming"  # its policy: any keeps everything, and under this one the compiler drops the gates
 
 
 class Options(NamedTuple):
