@@ -32,7 +32,8 @@ def test_policy_names():
     make = lambda name: buffers.buffer_of(EvalConfig(seed=7), name, 16, 192)
     assert buffers.names()[:7] == NAMES and "tova_local" not in buffers.names()
     assert {name.removesuffix("_local") for name in buffers.names()} == {"full", *POLICIES}
-    assert make("full") == CacheConfig(budget=192, recent=8)
+    assert make("full") == CacheConfig.full(192, recent=8)
+    assert make("full").budget == 192 and not make("full").row.uses_gates  # so that none are computed
     assert make("retention") == CacheConfig(budget=16, recent=8)
     assert make("retention_local") == CacheConfig(budget=16, recent=8, local=True)
     assert make("streaming") == CacheConfig(budget=16, recent=8, policy="streaming")
