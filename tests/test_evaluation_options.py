@@ -98,7 +98,7 @@ def test_every_policy_protects_the_same_tokens(model):
     assert not all({0, 35} <= set(head) for layer in kept(SMALL) for head in layer)
     made = [buffers.buffer_of(config, name, 40, 36) for name in buffers.names()[1:]]
     assert {(c.protect_first, c.protect_last) for c in made} == {(1, 1)}
-    assert buffers.buffer_of(config, "full", 36, 36) == CacheConfig(budget=36, recent=6)
+    assert buffers.buffer_of(config, "full", 36, 36) == CacheConfig.full(36, recent=6)
 
 
 def test_every_option_of_the_cache_is_one_of_the_evaluation():
