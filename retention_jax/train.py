@@ -6,7 +6,6 @@ A run can be killed at any time and started again with the same command: it goes
 as if it had never stopped.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -34,7 +33,7 @@ from retention_jax.models import gate_files, huggingface, weights
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
 from retention_jax.parallel import checksum, distributed, sharding
-from retention_jax.runtime import command, hub
+from retention_jax.runtime import command, hub, interrupts
 from retention_jax.training import checkpoint, losses, metrics
 from retention_jax.training.checkpoint import TrainState
 
@@ -130,13 +129,23 @@ def make_model(config: TrainConfig) -> Decoder:
     """The backbone as configured, freshly initialised or loaded, with fresh gates; on the mesh that was entered."""
     mesh = sharding.entered()
     if config.stage == "gates":
-        return weights.load_backbone(config.backbone, config.gate, config.dtype, seed=config.seed, mesh=mesh)
+        kind, gates = (config.gate, config.dtype), _gates_to_start_from(config)
+        return weights.load_backbone(config.backbone, *kind, seed=config.seed, gates=gates, mesh=mesh)
     architecture = config.model
     assert architecture is not None  # TrainConfig checks it
     model = _on_mesh(lambda: Decoder(architecture, config.gate, rngs=nnx.Rngs(config.seed)))
     if mesh is not None:
         sharding.warn_of_uncut(mesh, model)
     return model
+
+
+def _gates_to_start_from(config: TrainConfig) -> gate_files.Gates | None:
+    """None: fresh ones. Raises ValueError where they are not of the kind that the config says."""
+    if not config.gates:
+        return None
+    gates = weights.read_gates(config.gates)
+    gate_files.check_kind(gates, config.gate)
+    return gates
 
 
 def fresh_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -206,6 +215,10 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Decoder:
         config.check_mesh(dict(mesh.shape), backbone)
     digests = distributed.together(lambda: pipeline.digests(config.resolved_data, config.seed))
     inputs = {f"documents of {name}": digest for name, digest in digests.items()}
+    if gates := distributed.together(lambda: _gates_to_start_from(config)):
+        digest = {f"gates of {config.gates}": gate_files.digest(gates)}
+        distributed.agree_on("gates to start from", digest)
+        inputs |= digest
     checkpoint.check_workdir(workdir, config, inputs)  # before documents are made and weights are loaded
     data = pipeline.train_iterator(config.resolved_data, vocab_size=backbone.vocab_size, seed=config.seed)
     if jax.process_count() > 1:
@@ -247,8 +260,8 @@ def _loop(config: TrainConfig, workdir: pathlib.Path, state: TrainState, frozen,
     batches: Iterator[pipeline.Batch] = iter(data)
     with (
         metrics.MetricWriter(workdir, first_step=first, steps=config.steps, label=config.stage) as writer,
-        _Stop() as stop,
-        _profiler(config, workdir) as profile,
+        interrupts.Stop() as stop,
+        metrics.profiler(workdir / "profile", config.profile_start, config.profile_steps) as profile,
     ):
         meter, pending = metrics.Meter(config.data.batch_size * config.data.length), None
         batch, data_state = put_batch(next(batches)), data.get_state()
@@ -298,44 +311,6 @@ def _report(
 
 def _spoken(rates: dict[str, float]) -> str:
     return ", ".join(f"{value:,.1f} {name.replace('_', ' ')}" for name, value in rates.items())
-
-
-class _Stop:
-    """Turns SIGTERM and SIGINT into a request that the loop sees when the step that runs is done."""
-
-    requested: int = 0  # the signal
-
-    def __enter__(self) -> "_Stop":
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _handle(self, number: int, frame: object) -> None:
-        self.requested = number
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _profiler(config: TrainConfig, workdir: pathlib.Path) -> Iterator[Callable[[int], None]]:
-    """A function to call before each step: traces the configured window of steps into `workdir/profile`."""
-    tracing = False
-
-    def before(step: int) -> None:
-        nonlocal tracing
-        inside = config.profile_start <= step < config.profile_start + config.profile_steps
-        if inside and not tracing:
-            jax.profiler.start_trace(str(workdir / "profile"))
-        if tracing and not inside:
-            jax.profiler.stop_trace()
-        tracing = inside
-
-    try:
-        yield before
-    finally:
-        if tracing:
-            jax.profiler.stop_trace()
 
 
 def run(config: TrainConfig, workdir: pathlib.Path) -> None:

@@ -179,6 +179,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     backbone: str = ""  # stage gates: folder of the frozen weights; "builtin:recall" is shipped with the package
+    gates: str = ""  # stage gates: folder of gates to start from, of the kind that `gate` says; "": fresh ones
     backbone_steps: int = 0  # stage gates with no `backbone`: train one first, for so many steps
     backbone_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, final_learning_rate=6e-5)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen backbone; gates are float32
@@ -208,6 +209,10 @@ class TrainConfig:
             (
                 self.stage == "gates" or not (self.backbone or self.backbone_steps),
                 "backbone and backbone_steps go with stage='gates' only",
+            ),
+            (
+                not self.gates or (self.stage == "gates" and bool(self.backbone)),
+                f"gates, a folder to start from, goes with stage='gates' and a given backbone only, got {self.gates!r}",
             ),
             (
                 bool(self.backbone) == (self.model is None),

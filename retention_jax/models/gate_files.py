@@ -5,6 +5,7 @@ gates.safetensors     model.layers.{i}.self_attn.retention_gate.{linear1.weight,
 trimkv_weights.pth    the same tensors by `torch.save`: what the PyTorch implementation reads and writes
 """
 
+import hashlib
 import os
 import pathlib
 import re
@@ -129,6 +130,26 @@ def load_gates(model: Decoder, gates: Gates) -> None:
     if problems:
         raise ValueError(f"{gates.folder}: gates of another model: " + "; ".join(problems))
     tensors.fill(model, GateParam, gate_names(cfg, gate), found, where=gates.folder)
+
+
+def digest(gates: Gates) -> str:
+    """A short name of the tensors."""
+    found = hashlib.sha256()
+    for name, value in sorted(gates.tensors.items()):
+        found.update(f"{name} {value.shape};".encode() + value.tobytes())
+    return found.hexdigest()[:16]
+
+
+def check_kind(gates: Gates, wanted: GateConfig) -> None:
+    """Raises ValueError where gates are of another kind than `wanted`, naming every field of it that differs.
+
+    Fields that say how fresh gates are drawn do not count.
+    """
+    drawn = ("offset_init", "init_std")
+    theirs, ours = to_dict(gates.config), to_dict(wanted)
+    if odd := [name for name in ours if theirs[name] != ours[name] and name not in drawn]:
+        told = ", ".join(f"{name}={theirs[name]!r} (the configuration's gate has {ours[name]!r})" for name in odd)
+        raise ValueError(f"{gates.folder}: gates of another kind: {told}")
 
 
 def save_gates(

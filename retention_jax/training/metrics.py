@@ -1,8 +1,11 @@
-"""Where the numbers of a run go: JSON lines, TensorBoard events and one progress bar. Only process 0 writes."""
+"""Where the numbers of a run go: JSON lines, TensorBoard events and one progress bar, which only process 0 writes; and
+profiles of steps."""
 
+import contextlib
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import jax
@@ -75,6 +78,27 @@ class MetricWriter:
             self._bar.close()
             self._events.close()
             self._lines.close()
+
+
+@contextlib.contextmanager
+def profiler(folder: pathlib.Path, first: int, count: int) -> Iterator[Callable[[int], None]]:
+    """A function to call before each step: traces `count` steps from the step `first` on into a folder."""
+    tracing = False
+
+    def before(step: int) -> None:
+        nonlocal tracing
+        inside = first <= step < first + count
+        if inside and not tracing:
+            jax.profiler.start_trace(str(folder))
+        if tracing and not inside:
+            jax.profiler.stop_trace()
+        tracing = inside
+
+    try:
+        yield before
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
 
 
 def _forget_after(path: pathlib.Path, step: int) -> None:

@@ -1,0 +1,73 @@
+"""Gates before, during and after training: where they start, what checkpoints leave of them, their scores meanwhile."""
+
+import dataclasses
+
+import helpers
+import jax
+import pytest
+from flax import nnx
+from helpers import same
+
+from retention_jax import train
+from retention_jax.config import DataConfig, EvalConfig, GateConfig, LossConfig, OptimizerConfig, TrainConfig
+from retention_jax.models import gate_files, weights
+from retention_jax.models.gate import GateParam
+from retention_jax.parallel import sharding
+
+GATE = GateConfig(width=8, offset_init=3.0)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+    root = tmp_path_factory.mktemp("gates")
+    backbone = helpers.tiny_model(GATE, vocab_size=64)
+    weights.save_backbone(backbone, root / "backbone")
+    gate_files.save_gates(backbone, root / "begun")
+    return TrainConfig(
+        stage="gates",
+        backbone=str(root / "backbone"),
+        gates=str(root / "begun"),
+        data=DataConfig(
+            length=24, batch_size=4, documents=64, document_lengths=(24,), cache_dir=str(root / "cache"), decoys=0.2
+        ),
+        eval=EvalConfig(
+            policies=("full", "retention", "streaming"), budgets=(4,), lengths=(24,), examples=2, seeds=2, recent=4
+        ),
+        gate=GATE,
+        loss=LossConfig(budget=4),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        steps=6,
+        checkpoint_every=2,
+        log_every=1,
+    )
+
+
+def gates_of(model):
+    return jax.tree.leaves(nnx.state(model, GateParam))
+
+
+def test_training_starts_from_given_gates(config):
+    """On a mesh too, where they lie as fresh ones do."""
+    want = gates_of(weights.load(config.backbone, config.gates, "float32"))
+    assert same(gates_of(train.make_model(config)), want)
+    fresh = dataclasses.replace(config, gates="")
+    assert not same(gates_of(train.make_model(fresh)), want)
+    with jax.set_mesh(sharding.make_mesh(fsdp=4, tensor=2)):
+        begun, drawn = (gates_of(train.make_model(c)) for c in (config, fresh))
+    assert same(begun, want)
+    assert [a.sharding for a in begun] == [a.sharding for a in drawn]
+
+
+def test_gates_of_another_kind_or_model_are_refused(config, tmp_path):
+    kind = dataclasses.replace(config, gate=GateConfig(width=16, share="none", tie_offset=True))
+    told = r"begun: gates of another kind: width=8 \(the configuration's gate has 16\), share='layers' \(.*'none'\)"
+    with pytest.raises(ValueError, match=told):
+        train.train(kind, tmp_path)
+    drawn = dataclasses.replace(config, gate=dataclasses.replace(GATE, offset_init=9.0))
+    assert same(gates_of(train.make_model(drawn)), gates_of(train.make_model(config)))
+    weights.save_backbone(helpers.tiny_model(vocab_size=64, num_layers=3), tmp_path / "deeper")
+    with pytest.raises(ValueError, match="gates of another model: layers 2, the model's 3"):
+        train.make_model(dataclasses.replace(config, backbone=str(tmp_path / "deeper")))
+    for changes in ({"backbone": "", "backbone_steps": 3}, {"stage": "backbone", "backbone": ""}):
+        with pytest.raises(ValueError, match="gates, a folder to start from, goes with stage='gates'"):
+            dataclasses.replace(config, model=helpers.tiny_config(vocab_size=64), **changes)
