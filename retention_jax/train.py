@@ -201,12 +201,13 @@ def put_batch(batch: Mapping[str, Any]) -> dict[str, Array]:
 def train(config: TrainConfig, workdir: pathlib.Path) -> Decoder:
     """Runs or continues a training run; leaves `workdir/gates` or `workdir/backbone` and returns the trained model.
 
-    It runs on the mesh that was entered, or on the default device.
+    `workdir/gates` is there from the first checkpoint on and has the gates of the newest. The run is on the mesh that
+    was entered, or on the default device.
 
     Raises:
       ValueError: when the configuration does not fit the mesh, the workdir belongs to a run of another configuration,
-        of other documents or of another backbone, or another process trains in it; when backbone, data or checkpoint
-        are unusable, or processes do not share the workdir or see different documents.
+        of other documents, of another backbone or of other gates, or another process trains in it; when backbone,
+        gates, data or checkpoint are unusable, or processes do not share the workdir or see different inputs.
       SystemExit: after SIGTERM or SIGINT, with 128 and the signal's number, when the step that ran then is saved.
       FloatingPointError: when a loss is not finite; names the step.
     """
@@ -229,6 +230,7 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Decoder:
         inputs[f"weights of {config.backbone}"] = checksum.of(frozen, "")
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = fresh_state(params, optimizer)
+    merged = lambda state: nnx.merge(graphdef, state.params, frozen)
     trained, all_of_them = (sum(a.size for a in jax.tree.leaves(s)) for s in (params, (params, frozen)))
     metrics.say(f"training {config.stage}: {trained:,} of {all_of_them:,} parameters, {config.steps:,} steps")
     if config.steps <= (warmup := config.optimizer.warmup_steps):
@@ -240,18 +242,32 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Decoder:
         if restored := checkpoint.restore_latest(manager, state):
             state, data_state = restored
             data.set_state(data_state)
+            _export(config, merged(state), workdir)
             metrics.say(f"continuing after step {int(state.step)}")
-        step_fn = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config)
-        state = _loop(config, workdir, state, frozen, data, step_fn, manager)
-    model = nnx.merge(graphdef, state.params, frozen)
-    if config.stage == "gates":
-        gate_files.save_gates(model, workdir / "gates", base_model=config.backbone, loss=config.loss)
-    else:
+        static = {"graphdef": graphdef, "optimizer": optimizer, "config": config}
+        step_fn = functools.partial(train_step, frozen=frozen, **static)
+        state = _loop(config, workdir, state, step_fn, merged, data, manager)
+    model = merged(state)
+    if config.stage == "backbone":
         weights.save_backbone(model, workdir / "backbone")
     return model
 
 
-def _loop(config: TrainConfig, workdir: pathlib.Path, state: TrainState, frozen, data, step_fn, manager) -> TrainState:
+def _export(config: TrainConfig, model: Decoder, workdir: pathlib.Path) -> None:
+    """Writes the gates as they are now, in place of earlier ones."""
+    if config.stage == "gates":
+        gate_files.save_gates(model, workdir / "gates", base_model=config.backbone, loss=config.loss)
+
+
+def _loop(
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    state: TrainState,
+    step_fn: Callable[..., tuple[TrainState, StepMetrics]],
+    merged: Callable[[TrainState], Decoder],
+    data: Any,
+    manager: Any,
+) -> TrainState:
     """Steps from `state.step` to the end. While one runs, the host writes the metrics of the one before, and reads.
 
     No step is queued behind the one that runs, so that a signal has to wait for that one only.
@@ -267,7 +283,7 @@ def _loop(config: TrainConfig, workdir: pathlib.Path, state: TrainState, frozen,
         batch, data_state = put_batch(next(batches)), data.get_state()
         for step in range(first + 1, config.steps + 1):
             profile(step)
-            state, result = step_fn(state, frozen, batch)
+            state, result = step_fn(state, batch=batch)
             if pending is not None:
                 _report(writer, meter, config, *pending)
             pending, position = (step, result), data_state
@@ -278,6 +294,7 @@ def _loop(config: TrainConfig, workdir: pathlib.Path, state: TrainState, frozen,
                 _report(writer, meter, config, *pending)  # so that a state after a NaN is never saved
                 pending = None
                 checkpoint.save(manager, state, position)
+                _export(config, merged(state), workdir)
             if stopped:
                 break
         manager.wait_until_finished()

@@ -1,10 +1,13 @@
 """Gates before, during and after training: where they start, what checkpoints leave of them, their scores meanwhile."""
 
 import dataclasses
+import pathlib
 
 import helpers
 import jax
+import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 from helpers import same
 
@@ -13,6 +16,7 @@ from retention_jax.config import DataConfig, EvalConfig, GateConfig, LossConfig,
 from retention_jax.models import gate_files, weights
 from retention_jax.models.gate import GateParam
 from retention_jax.parallel import sharding
+from retention_jax.training import checkpoint
 
 GATE = GateConfig(width=8, offset_init=3.0)
 
@@ -71,3 +75,45 @@ def test_gates_of_another_kind_or_model_are_refused(config, tmp_path):
     for changes in ({"backbone": "", "backbone_steps": 3}, {"stage": "backbone", "backbone": ""}):
         with pytest.raises(ValueError, match="gates, a folder to start from, goes with stage='gates'"):
             dataclasses.replace(config, model=helpers.tiny_config(vocab_size=64), **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """A run without evaluations, the gates that each checkpoint left, and the gates at the end."""
+    workdir, left = tmp_path_factory.mktemp("whole"), {}
+    save = checkpoint.save
+
+    def saved(manager, state, position):
+        left[int(state.step)] = read(workdir) if (workdir / "gates").exists() else None
+        save(manager, state, position)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", saved)
+        model = train.train(config, workdir)
+    return workdir, left, gates_of(model)
+
+
+def read(workdir) -> dict[str, np.ndarray]:
+    return gate_files.read_gates(workdir / "gates").tensors
+
+
+def test_every_checkpoint_leaves_its_gates(config, whole, tmp_path):
+    workdir, left, last = whole
+    assert left[2] is None and not same(left[4], left[6])
+    assert same(gates_of(weights.load(config.backbone, workdir / "gates", "float32")), last)
+    # Killed before the gates of the newest checkpoint were written: the next start writes them.
+    file = workdir / "gates" / gate_files.OURS
+    safetensors.numpy.save_file(left[6], file)
+    assert same(gates_of(train.train(config, workdir)), last)
+    assert same(gates_of(weights.load(config.backbone, workdir / "gates", "float32")), last)
+
+
+def test_the_gates_that_a_run_started_from_belong_to_it(config, whole):
+    workdir, _, _ = whole
+    file = pathlib.Path(config.gates, gate_files.OURS)
+    before = file.read_bytes()
+    gate_files.save_gates(helpers.tiny_model(GATE, seed=1, vocab_size=64), config.gates)
+    with pytest.raises(ValueError, match=f"a run of other inputs; .*: gates of {config.gates}$"):
+        train.train(config, workdir)
+    file.write_bytes(before)
+    train.train(config, workdir)
