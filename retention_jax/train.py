@@ -6,19 +6,19 @@ A run can be killed at any time and started again with the same command: it goes
 as if it had never stopped.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import signal
+import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import app, flags, logging
 from flax import nnx
@@ -28,22 +28,16 @@ from ml_collections import config_flags
 
 from retention_jax.config import ModelConfig, OptimizerConfig, TrainConfig, conversion
 from retention_jax.data import pipeline
-from retention_jax.evaluation import plan
+from retention_jax.evaluation import curves, plan
 from retention_jax.models import gate_files, huggingface, weights
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
 from retention_jax.parallel import checksum, distributed, sharding
 from retention_jax.runtime import command, hub, interrupts
+from retention_jax.text import tokenizer
 from retention_jax.training import checkpoint, losses, metrics
 from retention_jax.training.checkpoint import TrainState
-
-
-class StepMetrics(NamedTuple):
-    """What one training step tells. Losses in nats a token."""
-
-    losses: dict[str, Float[Array, ""]]
-    grad_norm: Float[Array, ""]
-    retained: Float[Array, "L K"] | None  # gates only
+from retention_jax.training.metrics import StepMetrics
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -259,6 +253,12 @@ def _export(config: TrainConfig, model: Decoder, workdir: pathlib.Path) -> None:
         gate_files.save_gates(model, workdir / "gates", base_model=config.backbone, loss=config.loss)
 
 
+def _tokenizer(config: TrainConfig) -> tokenizer.Tokenizer | None:
+    """The backbone's, where the evaluation needs it."""
+    needed = config.backbone and any(map(plan.needs_tokenizer, config.eval.tasks))
+    return tokenizer.load(hub.resolve(config.backbone)) if needed else None
+
+
 def _loop(
     config: TrainConfig,
     workdir: pathlib.Path,
@@ -272,7 +272,7 @@ def _loop(
 
     No step is queued behind the one that runs, so that a signal has to wait for that one only.
     """
-    first, stopped = int(state.step), 0
+    first, tokens = int(state.step), _tokenizer(config) if config.eval_every else None
     batches: Iterator[pipeline.Batch] = iter(data)
     with (
         metrics.MetricWriter(workdir, first_step=first, steps=config.steps, label=config.stage) as writer,
@@ -281,22 +281,39 @@ def _loop(
     ):
         meter, pending = metrics.Meter(config.data.batch_size * config.data.length), None
         batch, data_state = put_batch(next(batches)), data.get_state()
+
+        def scored(resumed: bool) -> int:
+            """Scores the newest checkpoint if that is due; the signal that came meanwhile. It may come at any moment:
+            what is done is on disk."""
+            if not curves.due(config, int(state.step)):
+                return 0
+            manager.wait_until_finished()
+            at, started = int(state.step), time.perf_counter()
+            # Of several processes none leaves, since the others wait for its part.
+            with stop.at_once() if jax.process_count() == 1 else contextlib.nullcontext():
+                if scores := curves.evaluate(merged(state), config, workdir, at, tokens, resumed=resumed):
+                    writer.write(at, scores)
+            meter.skip(time.perf_counter() - started)
+            return distributed.largest(stop.requested)
+
+        stopped = scored(resumed=True)
         for step in range(first + 1, config.steps + 1):
+            if stopped:
+                break
             profile(step)
             state, result = step_fn(state, batch=batch)
             if pending is not None:
-                _report(writer, meter, config, *pending)
+                metrics.report(writer, meter, config, *pending)
             pending, position = (step, result), data_state
             batch, data_state = put_batch(next(batches)), data.get_state()
             jax.block_until_ready(result)
             stopped = distributed.largest(stop.requested)  # the same on all processes, so all save the same step
             if step % config.checkpoint_every == 0 or step == config.steps or stopped:
-                _report(writer, meter, config, *pending)  # so that a state after a NaN is never saved
+                metrics.report(writer, meter, config, *pending)  # so that a state after a NaN is never saved
                 pending = None
                 checkpoint.save(manager, state, position)
                 _export(config, merged(state), workdir)
-            if stopped:
-                break
+                stopped = stopped or scored(resumed=False)
         manager.wait_until_finished()
         if stopped := stopped or distributed.largest(stop.requested):  # it may come while the last step is saved
             name = signal.Signals(stopped).name
@@ -305,38 +322,21 @@ def _loop(
     return state
 
 
-def _report(
-    writer: metrics.MetricWriter, meter: metrics.Meter, config: TrainConfig, step: int, result: StepMetrics
-) -> None:
-    loss = float(result.losses["loss"])  # waits for the step
-    if not math.isfinite(loss) or not math.isfinite(float(result.grad_norm)):
-        raise FloatingPointError(
-            f"step {step}: loss is {loss}, gradient norm {float(result.grad_norm)}; nothing was saved"
-        )
-    rates = meter.tick(step)
-    writer.progress(step, {"loss": f"{loss:.4f}", **{name: f"{rate:,.0f}" for name, rate in rates.items()}})
-    if step % config.log_every == 0 or step == config.steps:
-        scalars = {name: float(value) for name, value in result.losses.items()}
-        scalars |= {"grad_norm": float(result.grad_norm), **rates}
-        if result.retained is not None:
-            for (l, h), value in np.ndenumerate(np.asarray(result.retained)):
-                scalars[f"retained/layer{l}_head{h}"] = float(value)
-        writer.write(step, scalars)
-        if step % (10 * config.log_every) == 0 or step == config.steps:
-            metrics.say(f"step {step} of {config.steps}: loss {loss:.4f}, {_spoken(rates)}")
-
-
-def _spoken(rates: dict[str, float]) -> str:
-    return ", ".join(f"{value:,.1f} {name.replace('_', ' ')}" for name, value in rates.items())
-
-
 def run(config: TrainConfig, workdir: pathlib.Path) -> None:
-    """Everything a config asks for: the backbone if it trains one, the gates, and the evaluation."""
+    """Everything a config asks for: the backbone if it trains one, the gates, and the evaluation.
+
+    Raises:
+      ValueError: before anything is done, where the evaluation cannot be; and as `train` and `plan.run` do.
+    """
+    if config.eval.tasks:
+        plan.check(config.eval, config.data)
+        plan.check_sources(config.eval, config.data, _tokenizer(config))
     if config.stage == "gates" and config.backbone_steps:
         backbone = dataclasses.replace(
             config,
             stage="backbone",
             steps=config.backbone_steps,
+            eval_every=0,
             optimizer=config.backbone_optimizer,
             backbone_steps=0,
         )
@@ -344,8 +344,8 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
         distributed.gather("")  # process 0 wrote it, all read it
         config = dataclasses.replace(config, backbone=str(workdir / "backbone"), backbone_steps=0, model=None)
     model = train(config, workdir)
-    if config.eval.tasks:
-        plan.run(model, config.eval, config.data, workdir / "eval")
+    if config.eval.tasks and not config.eval_every:
+        plan.run(model, config.eval, config.data, workdir / "eval", _tokenizer(config))
 
 
 def define_flags(values: flags.FlagValues) -> None:

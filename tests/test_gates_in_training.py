@@ -1,7 +1,10 @@
 """Gates before, during and after training: where they start, what checkpoints leave of them, their scores meanwhile."""
 
 import dataclasses
+import json
+import os
 import pathlib
+import signal
 
 import helpers
 import jax
@@ -13,6 +16,7 @@ from helpers import same
 
 from retention_jax import train
 from retention_jax.config import DataConfig, EvalConfig, GateConfig, LossConfig, OptimizerConfig, TrainConfig
+from retention_jax.evaluation import curves, journal, plan
 from retention_jax.models import gate_files, weights
 from retention_jax.models.gate import GateParam
 from retention_jax.parallel import sharding
@@ -34,9 +38,7 @@ def config(tmp_path_factory) -> TrainConfig:
         data=DataConfig(
             length=24, batch_size=4, documents=64, document_lengths=(24,), cache_dir=str(root / "cache"), decoys=0.2
         ),
-        eval=EvalConfig(
-            policies=("full", "retention", "streaming"), budgets=(4,), lengths=(24,), examples=2, seeds=2, recent=4
-        ),
+        eval=EvalConfig(policies=("full", "retention"), budgets=(4,), lengths=(24,), examples=2, seeds=2, recent=4),
         gate=GATE,
         loss=LossConfig(budget=4),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
@@ -117,3 +119,86 @@ def test_the_gates_that_a_run_started_from_belong_to_it(config, whole):
         train.train(config, workdir)
     file.write_bytes(before)
     train.train(config, workdir)
+
+
+def test_scores_while_training_leave_the_run_as_it_is(config, whole, tmp_path, monkeypatch, capsys):
+    """Stopped in the midst of an evaluation, and started again."""
+    config, evaluated, units = dataclasses.replace(config, eval_every=2), [], []
+    run, written = plan.run, journal.Journal.write
+
+    def noting(model, asked, data, output, tokenizer=None):
+        evaluated.append((output.name, asked.policies))
+        return run(model, asked, data, output, tokenizer)
+
+    def stopping(book, unit, result):
+        written(book, unit, result)
+        units.append(unit)
+        if len(units) == 4 + 1:  # full and retention for two seeds; then retention's first
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(plan, "run", noting)
+    monkeypatch.setattr(journal.Journal, "write", stopping)
+    with pytest.raises(SystemExit, match="143"):
+        train.train(config, tmp_path)
+    assert "stopped by SIGTERM after step 4;" in capsys.readouterr().err
+    assert [scored.step for scored in curves.read(tmp_path / "curves")] == [2]
+    model = train.train(config, tmp_path)
+
+    _, left, last = whole
+    assert same(gates_of(model), last)
+    assert evaluated == [
+        ("step_2", ("full", "retention")),
+        ("step_4", ("retention",)),
+        ("step_4", ("retention",)),
+        ("eval", ("full", "retention")),
+    ]
+    assert len(units) == len(set(enumerate(units))) == 4 + 2 + 4, "nothing is computed twice"
+    scores = {scored.step: scored.rows for scored in curves.read(tmp_path / "curves")}
+    assert list(scores) == [2, 4, 6] and [len(rows) for rows in scores.values()] == [2, 1, 2]
+    # The rows are those of the gates that the checkpoint left.
+    again = run(model, config.eval, config.data, None)
+    assert [row.score for row in scores[6]] == [row.score for row in again]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    named = {line["step"]: line for line in lines if "loss" not in line}
+    assert sorted(line["step"] for line in lines if "loss" in line) == [1, 2, 3, 4, 5, 6]
+    assert {step: line["eval/recall/24/retention_4"] for step, line in named.items()} == {
+        step: next(row.score for row in rows if row.policy == "retention") for step, rows in scores.items()
+    }
+    assert (tmp_path / "curves" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    train.train(config, tmp_path)
+    assert len(evaluated) == 4, "what is finished is not done again"
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"eval_every": 3}, "eval_every must be 0 or a multiple of checkpoint_every=2, got 3"),
+        ({"eval_every": 2, "eval": EvalConfig(tasks=())}, "eval_every needs eval.tasks"),
+    ],
+)
+def test_when_to_score_must_fit(config, changes, told):
+    with pytest.raises(ValueError, match=told):
+        dataclasses.replace(config, **changes)
+
+
+def test_an_evaluation_that_cannot_be_is_refused_before_training(config, tmp_path):
+    missing = dataclasses.replace(config.eval, tasks=("perplexity",), sources=("perplexity=nowhere.txt",))
+    for asked, told in (
+        (missing, "task 'perplexity' needs the model's tokenizer|tokenizer"),
+        (dataclasses.replace(config.eval, policies=("retentoin",)), "unknown policy 'retentoin'"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            train.run(dataclasses.replace(config, eval=asked), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdirs_of_older_code_go_on(config, whole):
+    """Their config.json lacks the fields that came later."""
+    workdir, _, _ = whole
+    known = json.loads((workdir / "config.json").read_text())
+    older = {name: value for name, value in known.items() if name not in ("gates", "eval_every")}
+    (workdir / "config.json").write_text(json.dumps(older))
+    checkpoint.check_workdir(workdir, dataclasses.replace(config, gates=""), {})
+    with pytest.raises(ValueError, match=r"go back to: gates='' \(now"):
+        checkpoint.check_workdir(workdir, config, {})
+    (workdir / "config.json").write_text(json.dumps(known))

@@ -188,6 +188,7 @@ class TrainConfig:
     remat: bool = False  # recompute a layer's activations in the backward pass
     checkpoint_every: int = 500  # steps
     checkpoint_keep: int = 2
+    eval_every: int = 0  # steps, a multiple of checkpoint_every: `eval` is scored while training; 0: only at the end
     log_every: int = 10  # steps
     profile_start: int = 0  # first step of the profiler window
     profile_steps: int = 0  # its length; 0 profiles nothing
@@ -230,6 +231,12 @@ class TrainConfig:
                 (getattr(self, n) >= 1, f"{n} must be at least 1, got {getattr(self, n)}")
                 for n in ("checkpoint_every", "checkpoint_keep", "log_every")
             ],
+            (
+                self.eval_every >= 0 and self.eval_every % max(self.checkpoint_every, 1) == 0,
+                f"eval_every must be 0 or a multiple of checkpoint_every={self.checkpoint_every}, got "
+                f"{self.eval_every}",
+            ),
+            (not self.eval_every or bool(self.eval.tasks), "eval_every needs eval.tasks"),
         )
 
     def check_mesh(self, sizes: dict[str, int], model: ModelConfig) -> None:

@@ -88,7 +88,7 @@ def checkpoint_folders(checkpoint: str, backbone: str, policies: Sequence[str]) 
     Raises:
       ValueError: when gates or backbone are needed and not there.
     """
-    need_gates = [name for name in policies if (policy := buffers.policy_of(name)) and policy.uses_gates]
+    need_gates = [name for name in policies if buffers.uses_gates(name)]
     if not checkpoint:
         if need_gates or not backbone:
             raise ValueError("--checkpoint must name a gate folder or a training workdir")

@@ -132,36 +132,56 @@ def blocks(
     Sources are read here, so that a wrong one shows at once; prompts are in memory while their task and length runs.
 
     Raises:
+      ValueError: as `check_sources` does.
+    """
+    check_sources(config, data, tokenizer)
+    found, compile_programs = [], sequences.compile_once(model)
+    settings = _task_settings(config, (output or pathlib.Path()) / f"verdicts-{jax.process_index()}.jsonl")
+    for task in config.tasks:
+        if task in TASKS:
+            make = functools.partial(
+                Sequences, model, config, data, task, tokenizer=tokenizer, compile_programs=compile_programs
+            )
+            found += [functools.partial(make, length=length) for length in config.lengths]
+        elif tokenizer is not None:
+            for length in _lengths(config, task):
+                make_task = functools.partial(_load, task, tokenizer, length, settings)
+                found.append(functools.partial(_answers, model, tokenizer, config, task, make_task, length))
+    return found
+
+
+def check_sources(config: EvalConfig, data: DataConfig, tokenizer: Tokenizer | None) -> None:
+    """Reads every source, and makes a prompt of every task and length. It needs no model.
+
+    Raises:
       ValueError: naming every task that cannot be loaded.
     """
-    found, problems, compile_programs = [], [], sequences.compile_once(model)
-    settings = _task_settings(config, (output or pathlib.Path()) / f"verdicts-{jax.process_index()}.jsonl")
+    problems, settings = [], _task_settings(config, pathlib.Path())._replace(limit=1)
     for task in config.tasks:
         try:
             if tokenizer is None and needs_tokenizer(task):
                 raise ValueError(f"task {task!r} needs the model's tokenizer")
-            if task in TASKS:
-                if task == "perplexity":
-                    sources.text(config.source_of[task])
-                else:
-                    for length in config.lengths:
-                        sequences.examples(task, config, data, length)
-                make = functools.partial(
-                    Sequences, model, config, data, task, tokenizer=tokenizer, compile_programs=compile_programs
-                )
-                found += [functools.partial(make, length=length) for length in config.lengths]
+            if task == "perplexity":
+                sources.text(config.source_of[task])
+            elif task in TASKS:
+                for length in config.lengths:
+                    sequences.examples(task, config, data, length)
             elif tokenizer is not None:
-                encode = functools.partial(tokenizer.encode, bos=False)
-                for length in config.lengths if load.has_lengths(task) else (None,):
-                    read = functools.partial(load.load, task, encode=encode, length=length or 0)
-                    read(settings=settings._replace(limit=1))  # of a task that is made here, one prompt
-                    make_task = functools.partial(read, settings=settings)
-                    found.append(functools.partial(_answers, model, tokenizer, config, task, make_task, length))
+                for length in _lengths(config, task):
+                    _load(task, tokenizer, length, settings)
         except ValueError as error:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    return found
+
+
+def _lengths(config: EvalConfig, task: str) -> tuple[int | None, ...]:
+    """What a task with answers is made for; None where its texts have lengths of their own."""
+    return config.lengths if load.has_lengths(task) else (None,)
+
+
+def _load(task: str, tokenizer: Tokenizer, length: int | None, settings: load.Settings) -> Task:
+    return load.load(task, settings, functools.partial(tokenizer.encode, bos=False), length or 0)
 
 
 def needs_tokenizer(task: str) -> bool:
