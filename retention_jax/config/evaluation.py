@@ -37,7 +37,7 @@ class EvalConfig:
     seed: int = 0
     decoys: float = 0.4  # recall: share of slots that are decoys
     sources: tuple[str, ...] = ()  # TASK=SOURCE: where a task's questions are, see `tasks/load.py`
-    limit: int | None = None  # answers: the task's first so many problems; None for all
+    limit: int | None = None  # answers: the task's first so many problems; None for all, 100 of `conversation`
     samples: int = 1  # answers: to each question
     temperature: float = 0.0  # answers: 0 is greedy
     top_p: float = 1.0  # answers: draw from the fewest likeliest tokens of this probability together
