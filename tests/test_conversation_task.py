@@ -117,7 +117,7 @@ def test_a_conversation_is_read_in_order_on_one_buffer_and_only_questions_are_sc
         then = tok.decode(read[turns][row])
         assert then.endswith(f"user\n{example.turns[-7].question}\nassistant\n"), then
     assert len(answers) == 8
-    row = block.row(done)
+    (row,) = block.rows(done)
     assert (row.n, row.metric, row.task, row.length) == (2, "accuracy", "conversation", LENGTH)
     (result,) = done.values()
     assert [answer["turn"] for answer in result["answers"]] == [*range(len(example.turns) - 8, len(example.turns))] * 2

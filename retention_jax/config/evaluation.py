@@ -11,8 +11,9 @@ from retention_jax.policies.table import FULL
 class EvalConfig:
     """What is evaluated: every task x length x policy x budget.
 
-    Tasks are of two kinds. Sequences (recall, text, perplexity) are read token by token, over several seeds, and each
-    next token is predicted. All other tasks have questions, and the model writes answers.
+    Tasks are of three kinds. Sequences (recall, text, perplexity) are read token by token, over several seeds, and each
+    next token is predicted. Faithfulness compares predictions along the full cache's own answers to prompts. All other
+    tasks have questions, and the model writes answers.
 
     Options of the cache have the names that they have in CacheConfig. Each applies to the policies that honour it.
     """

@@ -181,7 +181,7 @@ class Answers:
 
         return [score(answer) for answer in result["answers"]]
 
-    def row(self, results: dict[Unit, Result]) -> Row:
+    def rows(self, results: dict[Unit, Result]) -> list[Row]:
         """The row of one policy and budget, from the results of its units."""
         unit, seconds = next(iter(results)), sum(r["seconds"] for r in results.values())
         answers = [answer for result in results.values() for answer in result["answers"]]
@@ -194,7 +194,7 @@ class Answers:
             if group:
                 of_groups.setdefault(group, {}).setdefault(problem, []).append(score)
         score, low, high = interval(_means(scores))
-        return Row(
+        row = Row(
             task=self.task,
             length=self.length,
             policy=unit.policy,
@@ -216,6 +216,7 @@ class Answers:
             options=buffers.options(self.config, unit.policy),
             made_by=sorted({r["made_by"] for r in results.values()}),
         )
+        return [row]
 
 
 def behind_thoughts(asked: str, text: str) -> str:

@@ -12,16 +12,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from retention_jax.config import EvalConfig, TrainConfig, conversion
-from retention_jax.evaluation import buffers
-from retention_jax.evaluation.sequences import TASKS
+from retention_jax.evaluation import buffers, plan
 from retention_jax.models import gate_files
 from retention_jax.parallel import distributed
 from retention_jax.runtime import hub
-from retention_jax.tasks import load
 
 # Short names of fields of EvalConfig.
 LISTS = {
-    "tasks": f"What is evaluated, out of: {', '.join((*TASKS, *load.PARTS))}.",
+    "tasks": f"What is evaluated, out of: {', '.join(plan.FAMILIES)}.",
     "sources": "TASK=FILE, where a task's questions are.",
     "policies": "What chooses the entries to keep.",
     "budgets": "Kept entries per layer and head.",

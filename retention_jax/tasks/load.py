@@ -54,20 +54,23 @@ PARTS = {
 }
 
 
-def problems(names: Sequence[str], settings: Settings) -> list[str]:
-    """What is wrong with names and settings, in words; [] where they can be loaded, files apart."""
+def problems(names: Sequence[str], settings: Settings, others: Sequence[str] = ()) -> list[str]:
+    """What is wrong with names and settings, in words; [] where they can be loaded, files apart.
+
+    `others` are tasks that are known besides, and may have sources.
+    """
     found = []
     for name in names:
         family, _, part = name.partition("/")
         if family not in PARTS:
-            found.append(f"unknown task {name!r}; known: recall, text, perplexity, {', '.join(PARTS)}")
+            found.append(f"unknown task {name!r}; known: {', '.join((*others, *PARTS))}")
         elif part not in PARTS[family]:
             found.append(f"unknown task {name!r}; {family} has: {', '.join(PARTS[family]) or 'no parts'}")
         elif family != "ruler" and not _source(name, settings):
             found.append(f"task {name!r} needs its questions: --sources={family}=FILE")
         if family == "longmemeval" and not (settings.judge_url and settings.judge_model):
             found.append(f"task {name!r} needs judge_url and judge_model")
-    used = {"perplexity", *names, *(name.partition("/")[0] for name in names)}
+    used = {*others, *names, *(name.partition("/")[0] for name in names)}
     unused = [name for name in settings.sources if name not in used]
     return found + [f"sources name {name!r}, which is no task of this run" for name in unused]
 
