@@ -40,7 +40,7 @@ def define(values: flags.FlagValues, short: Sequence[str] = SHORT) -> None:
     """
     config_flags.DEFINE_config_file("config", None, "The run's config file.", lock_config=True, flag_values=values)
     text = functools.partial(flags.DEFINE_string, flag_values=values)
-    text("checkpoint", "", "Training workdir, or gate folder.")
+    text("checkpoint", "", "Training workdir, or gate folder, hub name or builtin:NAME.")
     text("output", "", "Folder for results and figures; empty writes none.")
     for name in short:
         what = (LISTS | NUMBERS)[name] + (f" Out of: {', '.join(buffers.names())}." if name == "policies" else "")
@@ -91,7 +91,7 @@ def checkpoint_folders(checkpoint: str, backbone: str, policies: Sequence[str]) 
         if need_gates or not backbone:
             raise ValueError("--checkpoint must name a gate folder or a training workdir")
         return backbone, None
-    folder = hub.resolve(checkpoint)
+    folder = hub.resolve(checkpoint, files=("config.json", gate_files.OURS, gate_files.OFFICIAL))
     gates = folder if gate_files.weight_files(folder) else folder / "gates"
     has_gates = bool(gate_files.weight_files(gates))
     if need_gates and not has_gates:

@@ -309,27 +309,24 @@ def save(
     folder: str | os.PathLike,
     file: str,
     config: dict[str, Any],
+    matrices: str | None = None,
 ) -> None:
     """Writes a model's variables of one kind under their names, and `config` as config.json.
 
+    `matrices` is the dtype in which tensors of two axes or more are stored; None: all as they are.
     However it ends, the folder holds the old tensors or the new ones; or, if its config changes, none that can be read.
     Every process must call it, since each may hold parts; process 0 writes, and all return when it has.
     """
     values = {path: on_host(v[...]) for path, v in _flat(model, kind).items()}
     if jax.process_index() == 0:
-        _write(values, names, pathlib.Path(folder), file, config)
+        stored = lambda a: a.astype(np.dtype(matrices)) if matrices and a.ndim > 1 else a
+        tensors = {name: np.ascontiguousarray(stored(p.to_file(p.of(values)))) for name, p in names.items()}
+        _write(tensors, pathlib.Path(folder), file, config)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"written {folder}")
 
 
-def _write(
-    values: Mapping[tuple[str, ...], np.ndarray],
-    names: Mapping[str, Place],
-    folder: pathlib.Path,
-    file: str,
-    config: dict[str, Any],
-) -> None:
-    tensors = {name: np.ascontiguousarray(place.to_file(place.of(values))) for name, place in names.items()}
+def _write(tensors: dict[str, np.ndarray], folder: pathlib.Path, file: str, config: dict[str, Any]) -> None:
     text = json.dumps(config, indent=2)
 
     def write(into: pathlib.Path) -> None:
