@@ -51,11 +51,12 @@ def test_facts_come_first_then_so_many_tokens_then_questions(book, tok):
         assert all(turn.max_new_tokens == 0 and turn.told for turn in (*told, *between))
         size = sum(len(tok.encode(text, bos=False)) for turn in between for text in (turn.question, turn.told))
         assert LENGTH - 40 <= size <= LENGTH
-        assert all(turn.max_new_tokens > 0 and turn.told is None for turn in asked)
+        assert all(turn.max_new_tokens > 0 and turn.answer_prefix.endswith(" is") for turn in asked)
         for turn in asked:
             (value,) = turn.gold
             assert sum(value in early.question for early in told) == 1
             assert not any(value in other.question for other in (*between, *asked))
+            assert turn.told == f" {value}."
     longer = made(book, tok, length=4 * LENGTH).examples[0]
     assert len(longer.turns) > len(first.turns), "passages of a bearable length"
     with pytest.raises(ValueError, match="length must be at least 200, got 20"):
@@ -111,11 +112,14 @@ def test_a_conversation_is_read_in_order_on_one_buffer_and_only_questions_are_sc
             messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.told}]
         messages.append({"role": "user", "content": example.turns[-8].question})
         want = tok.encode(chat.render(tok, messages, add_generation_prompt=True), bos=False)
+        *_, first, second = [*example.turns[:-8], *example.turns[-8:-6]]
+        want += tok.encode_more(first.answer_prefix)
         turns = len(example.turns) - 7
         assert sum((part[row] for part in read[:turns]), []) == want
-        # The next question stands behind the model's own answer.
-        then = tok.decode(read[turns][row])
-        assert then.endswith(f"user\n{example.turns[-7].question}\nassistant\n"), then
+        # Once more, to be answered; the next question stands behind the right answer, whatever the model's was.
+        assert read[turns][row] == read[turns - 1][row]
+        then = tok.decode(read[turns + 1][row])
+        assert then == f"{first.told}\nuser\n{second.question}\nassistant\n{second.answer_prefix}"
     assert len(answers) == 8
     (row,) = block.rows(done)
     assert (row.n, row.metric, row.task, row.length) == (2, "accuracy", "conversation", LENGTH)

@@ -4,14 +4,19 @@
     many turns    hand over passages of a text, or talk of something else: LENGTH tokens in all
     8 turns       ask for the facts, one each, in another order
 
-All turns are read on one buffer, so whatever is evicted is evicted before a question is known. The text is the user's;
-facts and wordings are made as those of the training data are (`corpus/`), but from draws of their own: no file of
-training data has the second word of their seeds. So the facts are new, and their kinds are not. An answer is right if
-the fact's value stands in it as a word of its own.
+All turns are read on one buffer, so whatever is evicted is evicted before a question is known. As in RULER, the
+answer's beginning is given ("Ada's birthday is"); as in SCBench, later turns are read behind the right answer, not the
+model's. So the score tells what is remembered, and not how well a small model converses. An answer is right if the
+fact's value stands in it as a word of its own.
+
+The text in between is the user's. Facts and wordings are made as those of the training data are (`corpus/`), but from
+draws of their own: no file of training data has the second word of their seeds. So the facts are new, and their kinds
+are not.
 """
 
 import re
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +33,15 @@ _ANSWER = 32  # tokens
 SHORTEST = 200  # tokens between facts and questions
 
 Encode = Callable[[str], list[int]]
+
+
+class _Asked(NamedTuple):
+    """A fact as it is told and asked for."""
+
+    told: str
+    question: str
+    begun: str  # of the answer
+    values: tuple[str, ...]
 
 
 def load(source: str, *, encode: Encode, length: int, examples: int, seed: int) -> Task:
@@ -62,14 +76,13 @@ def score(turn: Turn, answer: str) -> float:
 
 
 def _example(rng: Rng, index: int, text: list[Piece], encode: Encode, length: int) -> Example:
-    told = _facts(rng)
-    turns = []
+    told, turns = _facts(rng), []
     for start in range(0, _FACTS, _TOLD_TOGETHER):
-        said = " ".join(fact.told[0] for fact in told[start : start + _TOLD_TOGETHER])
+        said = " ".join(fact.told for fact in told[start : start + _TOLD_TOGETHER])
         turns.append(_only_read(said, pick(rng, talk.NOTED)))
     turns += _between(rng, passages.run(rng, [text]), encode, length)
     asked = [told[i] for i in rng.permutation(_FACTS)]
-    turns += [Turn(fact.question, fact.values, _ANSWER) for fact in asked]
+    turns += [Turn(f.question, f.values, _ANSWER, f.begun, told=f" {f.values[0]}.") for f in asked]
     return Example(str(index), "", tuple(turns))
 
 
@@ -77,14 +90,17 @@ def _only_read(user: str, assistant: str) -> Turn:
     return Turn(user, (), 0, told=assistant)
 
 
-def _facts(rng: Rng) -> list[Fact]:
+def _facts(rng: Rng) -> list[_Asked]:
     """Facts of different kinds about different things; no value stands in another fact."""
     found: list[Fact] = []
+    asked = []
     for attribute in sample(rng, (*attributes.PERSONAL, *attributes.OTHER), _FACTS):
         while _mixed_up(fact := facts.one(rng, attribute), found):
             pass
         found.append(fact)
-    return found
+        begun = attributes.to_the_user(attributes.fill("{Topic} is", attribute, fact.subjects[0]))
+        asked.append(_Asked(fact.told[0], fact.question, begun, fact.values))
+    return asked
 
 
 def _mixed_up(fact: Fact, others: list[Fact]) -> bool:
