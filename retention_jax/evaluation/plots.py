@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    StrMethodFormatter,
+)
 
 from retention_jax.evaluation.rows import Row, in_bytes, lower_is_better, named, number, shown
 from retention_jax.policies.table import FULL
@@ -135,15 +143,18 @@ def curves(
         axes.set_title(f"{task}, {length} tokens", fontsize=10)
         axes.set_ylabel(named(metric))
         if not lower_is_better(metric):
-            axes.set_ylim(0, max(axes.get_ylim()[1], 1.0))
+            axes.set_ylim(0, min(max(axes.get_ylim()[1], 1.0), 105.0))  # intervals of a few problems go far beyond
     for i, name in enumerate(("loss", "kl", "ce", "capacity")):
         if points := [(line["step"], line[name]) for line in losses if name in line]:
-            of_losses.plot(*zip(*points, strict=True), label=name, color=COLORS[i], linewidth=1.2)
+            of_losses.plot(
+                *zip(*points, strict=True), label=name, color=COLORS[i], linewidth=1.2, marker=".", markersize=2
+            )
     of_losses.set_title("losses, nats a token", fontsize=10)
     if losses:
         of_losses.legend(frameon=False, fontsize=8, loc="upper right")
     for axes in (*of_tasks, of_losses):
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
