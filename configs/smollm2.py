@@ -14,7 +14,10 @@ Then the gates, and RULER's niah_single_2, whose wordings are in none of the dat
     python -m retention_jax.train --config=configs/smollm2.py --workdir=runs/smollm2/gates \\
         "--config.eval.sources=('ruler/niah_single_2=BOOK_UNSEEN.txt',)"
 
-`--config.backbone=FOLDER` takes a checkpoint of this machine in place of the hub's.
+With `--config.eval_every=20` the evaluation is also scored while training, and `curves/curves.png` shows it beside the
+losses. A second phase at longer rows starts from the gates of the first: `--config.gates=runs/smollm2/gates/gates
+--config.data.length=4096 --workdir=runs/smollm2/longer`. `--config.backbone=FOLDER` takes a checkpoint of this machine
+in place of the hub's.
 
 Hardware and time: 2 CPU cores, half an hour for a trial of 82 steps (84,000 tokens) with the same gates and losses on
 other data: 60 % conversations about WikiText-2, 30 % GSM8K, 10 % plain text. Data and steps as they are here have not

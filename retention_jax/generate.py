@@ -56,7 +56,7 @@ def define_flags(values: flags.FlagValues) -> None:
         for define in (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool)
     )
     text("model", None, "Folder of a Hugging Face checkpoint with its tokenizer, or a hub name.")
-    text("gates", None, "Gate folder; policies that rank by gates need one.")
+    text("gates", None, "Gate folder, hub name or builtin:NAME; policies that rank by gates need one.")
     text("dtype", "bfloat16", "Of weights and cache: bfloat16 or float32.")
     text("mesh", "", "Axes and sizes, data:2,tensor:4, that multiply to the number of devices; empty for one device.")
 

@@ -10,16 +10,15 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import signal
+import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import app, flags, logging
 from flax import nnx
@@ -29,22 +28,16 @@ from ml_collections import config_flags
 
 from retention_jax.config import ModelConfig, OptimizerConfig, TrainConfig, conversion
 from retention_jax.data import pipeline
-from retention_jax.evaluation import plan
+from retention_jax.evaluation import curves, plan
 from retention_jax.models import gate_files, huggingface, weights
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
 from retention_jax.parallel import checksum, distributed, sharding
-from retention_jax.runtime import command, hub
+from retention_jax.runtime import command, hub, interrupts
+from retention_jax.text import tokenizer
 from retention_jax.training import checkpoint, losses, metrics
 from retention_jax.training.checkpoint import TrainState
-
-
-class StepMetrics(NamedTuple):
-    """What one training step tells. Losses in nats a token."""
-
-    losses: dict[str, Float[Array, ""]]
-    grad_norm: Float[Array, ""]
-    retained: Float[Array, "L K"] | None  # gates only
+from retention_jax.training.metrics import StepMetrics
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -130,13 +123,23 @@ def make_model(config: TrainConfig) -> Decoder:
     """The backbone as configured, freshly initialised or loaded, with fresh gates; on the mesh that was entered."""
     mesh = sharding.entered()
     if config.stage == "gates":
-        return weights.load_backbone(config.backbone, config.gate, config.dtype, seed=config.seed, mesh=mesh)
+        kind, gates = (config.gate, config.dtype), _gates_to_start_from(config)
+        return weights.load_backbone(config.backbone, *kind, seed=config.seed, gates=gates, mesh=mesh)
     architecture = config.model
     assert architecture is not None  # TrainConfig checks it
     model = _on_mesh(lambda: Decoder(architecture, config.gate, rngs=nnx.Rngs(config.seed)))
     if mesh is not None:
         sharding.warn_of_uncut(mesh, model)
     return model
+
+
+def _gates_to_start_from(config: TrainConfig) -> gate_files.Gates | None:
+    """None: fresh ones. Raises ValueError where they are not of the kind that the config says."""
+    if not config.gates:
+        return None
+    gates = weights.read_gates(config.gates)
+    gate_files.check_kind(gates, config.gate)
+    return gates
 
 
 def fresh_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -192,12 +195,13 @@ def put_batch(batch: Mapping[str, Any]) -> dict[str, Array]:
 def train(config: TrainConfig, workdir: pathlib.Path) -> Decoder:
     """Runs or continues a training run; leaves `workdir/gates` or `workdir/backbone` and returns the trained model.
 
-    It runs on the mesh that was entered, or on the default device.
+    `workdir/gates` is there from the first checkpoint on and has the gates of the newest. The run is on the mesh that
+    was entered, or on the default device.
 
     Raises:
       ValueError: when the configuration does not fit the mesh, the workdir belongs to a run of another configuration,
-        of other documents or of another backbone, or another process trains in it; when backbone, data or checkpoint
-        are unusable, or processes do not share the workdir or see different documents.
+        of other documents, of another backbone or of other gates, or another process trains in it; when backbone,
+        gates, data or checkpoint are unusable, or processes do not share the workdir or see different inputs.
       SystemExit: after SIGTERM or SIGINT, with 128 and the signal's number, when the step that ran then is saved.
       FloatingPointError: when a loss is not finite; names the step.
     """
@@ -206,6 +210,10 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Decoder:
         config.check_mesh(dict(mesh.shape), backbone)
     digests = distributed.together(lambda: pipeline.digests(config.resolved_data, config.seed))
     inputs = {f"documents of {name}": digest for name, digest in digests.items()}
+    if gates := distributed.together(lambda: _gates_to_start_from(config)):
+        digest = {f"gates of {config.gates}": gate_files.digest(gates)}
+        distributed.agree_on("gates to start from", digest)
+        inputs |= digest
     checkpoint.check_workdir(workdir, config, inputs)  # before documents are made and weights are loaded
     data = pipeline.train_iterator(config.resolved_data, vocab_size=backbone.vocab_size, seed=config.seed)
     if jax.process_count() > 1:
@@ -216,6 +224,7 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Decoder:
         inputs[f"weights of {config.backbone}"] = checksum.of(frozen, "")
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = fresh_state(params, optimizer)
+    merged = lambda state: nnx.merge(graphdef, state.params, frozen)
     trained, all_of_them = (sum(a.size for a in jax.tree.leaves(s)) for s in (params, (params, frozen)))
     metrics.say(f"training {config.stage}: {trained:,} of {all_of_them:,} parameters, {config.steps:,} steps")
     if config.steps <= (warmup := config.optimizer.warmup_steps):
@@ -227,46 +236,84 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Decoder:
         if restored := checkpoint.restore_latest(manager, state):
             state, data_state = restored
             data.set_state(data_state)
+            _export(config, merged(state), workdir)
             metrics.say(f"continuing after step {int(state.step)}")
-        step_fn = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config)
-        state = _loop(config, workdir, state, frozen, data, step_fn, manager)
-    model = nnx.merge(graphdef, state.params, frozen)
-    if config.stage == "gates":
-        gate_files.save_gates(model, workdir / "gates", base_model=config.backbone, loss=config.loss)
-    else:
+        static = {"graphdef": graphdef, "optimizer": optimizer, "config": config}
+        step_fn = functools.partial(train_step, frozen=frozen, **static)
+        state = _loop(config, workdir, state, step_fn, merged, data, manager)
+    model = merged(state)
+    if config.stage == "backbone":
         weights.save_backbone(model, workdir / "backbone")
     return model
 
 
-def _loop(config: TrainConfig, workdir: pathlib.Path, state: TrainState, frozen, data, step_fn, manager) -> TrainState:
+def _export(config: TrainConfig, model: Decoder, workdir: pathlib.Path) -> None:
+    """Writes the gates as they are now, in place of earlier ones."""
+    if config.stage == "gates":
+        gate_files.save_gates(model, workdir / "gates", base_model=config.backbone, loss=config.loss)
+
+
+def _tokenizer(config: TrainConfig) -> tokenizer.Tokenizer | None:
+    """The backbone's, where the evaluation needs it."""
+    needed = config.backbone and any(map(plan.needs_tokenizer, config.eval.tasks))
+    return tokenizer.load(hub.resolve(config.backbone)) if needed else None
+
+
+def _loop(
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    state: TrainState,
+    step_fn: Callable[..., tuple[TrainState, StepMetrics]],
+    merged: Callable[[TrainState], Decoder],
+    data: Any,
+    manager: Any,
+) -> TrainState:
     """Steps from `state.step` to the end. While one runs, the host writes the metrics of the one before, and reads.
 
     No step is queued behind the one that runs, so that a signal has to wait for that one only.
     """
-    first, stopped = int(state.step), 0
+    first, tokens = int(state.step), _tokenizer(config) if config.eval_every else None
     batches: Iterator[pipeline.Batch] = iter(data)
     with (
         metrics.MetricWriter(workdir, first_step=first, steps=config.steps, label=config.stage) as writer,
-        _Stop() as stop,
-        _profiler(config, workdir) as profile,
+        interrupts.Stop() as stop,
+        metrics.profiler(workdir / "profile", config.profile_start, config.profile_steps) as profile,
     ):
         meter, pending = metrics.Meter(config.data.batch_size * config.data.length), None
         batch, data_state = put_batch(next(batches)), data.get_state()
+
+        def scored(resumed: bool) -> int:
+            """Scores the newest checkpoint if that is due; the signal that came meanwhile. It may come at any moment:
+            what is done is on disk."""
+            if not curves.due(config, int(state.step)):
+                return 0
+            manager.wait_until_finished()
+            at, started = int(state.step), time.perf_counter()
+            # Of several processes none leaves, since the others wait for its part.
+            with stop.at_once() if jax.process_count() == 1 else contextlib.nullcontext():
+                if scores := curves.evaluate(merged(state), config, workdir, at, tokens, resumed=resumed):
+                    writer.write(at, scores)
+            meter.skip(time.perf_counter() - started)
+            return distributed.largest(stop.requested)
+
+        stopped = scored(resumed=True)
         for step in range(first + 1, config.steps + 1):
+            if stopped:
+                break
             profile(step)
-            state, result = step_fn(state, frozen, batch)
+            state, result = step_fn(state, batch=batch)
             if pending is not None:
-                _report(writer, meter, config, *pending)
+                metrics.report(writer, meter, config, *pending)
             pending, position = (step, result), data_state
             batch, data_state = put_batch(next(batches)), data.get_state()
             jax.block_until_ready(result)
             stopped = distributed.largest(stop.requested)  # the same on all processes, so all save the same step
             if step % config.checkpoint_every == 0 or step == config.steps or stopped:
-                _report(writer, meter, config, *pending)  # so that a state after a NaN is never saved
+                metrics.report(writer, meter, config, *pending)  # so that a state after a NaN is never saved
                 pending = None
                 checkpoint.save(manager, state, position)
-            if stopped:
-                break
+                _export(config, merged(state), workdir)
+                stopped = stopped or scored(resumed=False)
         manager.wait_until_finished()
         if stopped := stopped or distributed.largest(stop.requested):  # it may come while the last step is saved
             name = signal.Signals(stopped).name
@@ -275,76 +322,21 @@ def _loop(config: TrainConfig, workdir: pathlib.Path, state: TrainState, frozen,
     return state
 
 
-def _report(
-    writer: metrics.MetricWriter, meter: metrics.Meter, config: TrainConfig, step: int, result: StepMetrics
-) -> None:
-    loss = float(result.losses["loss"])  # waits for the step
-    if not math.isfinite(loss) or not math.isfinite(float(result.grad_norm)):
-        raise FloatingPointError(
-            f"step {step}: loss is {loss}, gradient norm {float(result.grad_norm)}; nothing was saved"
-        )
-    rates = meter.tick(step)
-    writer.progress(step, {"loss": f"{loss:.4f}", **{name: f"{rate:,.0f}" for name, rate in rates.items()}})
-    if step % config.log_every == 0 or step == config.steps:
-        scalars = {name: float(value) for name, value in result.losses.items()}
-        scalars |= {"grad_norm": float(result.grad_norm), **rates}
-        if result.retained is not None:
-            for (l, h), value in np.ndenumerate(np.asarray(result.retained)):
-                scalars[f"retained/layer{l}_head{h}"] = float(value)
-        writer.write(step, scalars)
-        if step % (10 * config.log_every) == 0 or step == config.steps:
-            metrics.say(f"step {step} of {config.steps}: loss {loss:.4f}, {_spoken(rates)}")
-
-
-def _spoken(rates: dict[str, float]) -> str:
-    return ", ".join(f"{value:,.1f} {name.replace('_', ' ')}" for name, value in rates.items())
-
-
-class _Stop:
-    """Turns SIGTERM and SIGINT into a request that the loop sees when the step that runs is done."""
-
-    requested: int = 0  # the signal
-
-    def __enter__(self) -> "_Stop":
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _handle(self, number: int, frame: object) -> None:
-        self.requested = number
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _profiler(config: TrainConfig, workdir: pathlib.Path) -> Iterator[Callable[[int], None]]:
-    """A function to call before each step: traces the configured window of steps into `workdir/profile`."""
-    tracing = False
-
-    def before(step: int) -> None:
-        nonlocal tracing
-        inside = config.profile_start <= step < config.profile_start + config.profile_steps
-        if inside and not tracing:
-            jax.profiler.start_trace(str(workdir / "profile"))
-        if tracing and not inside:
-            jax.profiler.stop_trace()
-        tracing = inside
-
-    try:
-        yield before
-    finally:
-        if tracing:
-            jax.profiler.stop_trace()
-
-
 def run(config: TrainConfig, workdir: pathlib.Path) -> None:
-    """Everything a config asks for: the backbone if it trains one, the gates, and the evaluation."""
+    """Everything a config asks for: the backbone if it trains one, the gates, and the evaluation.
+
+    Raises:
+      ValueError: before anything is done, where the evaluation cannot be; and as `train` and `plan.run` do.
+    """
+    if config.eval.tasks:
+        plan.check(config.eval, config.data)
+        plan.check_sources(config.eval, config.data, _tokenizer(config))
     if config.stage == "gates" and config.backbone_steps:
         backbone = dataclasses.replace(
             config,
             stage="backbone",
             steps=config.backbone_steps,
+            eval_every=0,
             optimizer=config.backbone_optimizer,
             backbone_steps=0,
         )
@@ -352,8 +344,8 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> None:
         distributed.gather("")  # process 0 wrote it, all read it
         config = dataclasses.replace(config, backbone=str(workdir / "backbone"), backbone_steps=0, model=None)
     model = train(config, workdir)
-    if config.eval.tasks:
-        plan.run(model, config.eval, config.data, workdir / "eval")
+    if config.eval.tasks and not config.eval_every:
+        plan.run(model, config.eval, config.data, workdir / "eval", _tokenizer(config))
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -21,7 +21,7 @@ from absl import flags
 
 from retention_jax import train
 from retention_jax.config import DataConfig, EvalConfig, TrainConfig, conversion
-from retention_jax.evaluation import journal, plan, rows
+from retention_jax.evaluation import curves, journal, plan, rows
 from retention_jax.models import gate_files, weights
 from retention_jax.parallel import distributed
 
@@ -223,6 +223,22 @@ def test_sigterm_stops_two_processes_and_one_goes_on(config, folder, uninterrupt
     [step] = re.findall(r"stopped by SIGTERM after step (\d+)", log.read_text())
     assert str(step) in {p.name for p in (workdir / "checkpoints").iterdir()}
     train.train(config, workdir)
+    assert_same_outcome(workdir, uninterrupted)
+
+
+@pytest.mark.slow  # compiles every program in two processes; test_gates_in_training.py has one
+def test_two_processes_score_their_checkpoints(folder, uninterrupted, tmp_path):
+    """The model lies across both, and only the first writes."""
+    workdir, log = tmp_path / "two", tmp_path / "log"
+    of_eval = {"tasks": "('recall',)", "policies": "('full','retention')", "budgets": "(4,)", "lengths": "(24,)"}
+    flags = [f"--config.eval.{name}={value}" for name, value in (of_eval | {"examples": 2, "seeds": 2}).items()]
+    given = [flag for flag in command(folder, fsdp=8) if "eval.tasks" not in flag]
+    running = launch(log, [*given, *flags, "--config.eval_every=12", f"--workdir={workdir}"])
+    assert running.wait(timeout=400) == 0, log.read_text()[-3000:]
+    assert [(at.step, len(at.rows)) for at in curves.read(workdir / "curves")] == [(12, 2), (24, 2)]
+    assert (workdir / "curves" / "curves.png").exists() and (workdir / "eval" / "results.json").exists()
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    (workdir / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines if "loss" in json.loads(line)))
     assert_same_outcome(workdir, uninterrupted)
 
 

@@ -151,6 +151,24 @@ def test_safetensors_need_no_torch(saved, monkeypatch):
         gate_files.read_gates(folder)
 
 
+def test_a_write_that_fails_leaves_the_old_gates_or_none(saved, tmp_path, monkeypatch):
+    model, folder, _ = saved
+
+    def disk_full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("retention_jax.models.tensors.save_file", disk_full)
+    for where in (folder, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space left"):
+            rj.save_gates(tiny_model(KINDS["rg10"], seed=1), where)
+    assert gates_of(load_into(model, folder)) == gates_of(model)
+    assert {path.name for path in tmp_path.iterdir()} == {"gates"}
+    with pytest.raises(OSError, match="No space left"):
+        rj.save_gates(tiny_model(OURS_ONLY), folder)
+    with pytest.raises(ValueError, match="config.json: no such file"):
+        gate_files.read_gates(folder)
+
+
 def test_an_older_pth_does_not_outlive_its_gates(saved):
     model, folder, _ = saved
     (folder / "trimkv_weights.pth").write_bytes(b"old")

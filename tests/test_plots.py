@@ -77,3 +77,30 @@ def test_one_speed_is_drawn_and_none_refused(tmp_path):
     for bad in (0.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="a speed must be positive and finite, got .*bad"):
             plots.speed([plots.Speed("bad", 1024, bad)], tmp_path / "none.png", "title")
+
+
+def test_curves_of_a_run(tmp_path, monkeypatch):
+    """A level line for what was scored once, because no gate changes it, and a line through the steps for the rest."""
+    figures = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    full = scored(0.9, policy=FULL, budget=36)
+    text = scored(2.0, task="text", metric="bits_per_byte")
+    steps = [(10, [full, scored(0.1), scored(0.3, policy="streaming"), text]), (20, [scored(0.4)]), (30, [scored(0.6)])]
+    losses = [{"step": 10, "loss": 2.0, "kl": 0.5, "ce": 1.5, "capacity": 0.1}, {"step": 20, "loss": 1.0}]
+    plots.curves(steps, losses, tmp_path / "curves.png")
+    plots.curves(steps[:1], [], tmp_path / "curves.png")
+    monkeypatch.undo()
+    recall, bits, of_losses = figures[0].axes
+    assert recall.get_title() == "recall, 36 tokens" and bits.get_ylabel() == "bits per byte, lower is better"
+    lines = {
+        tuple(line.get_ydata()): list(line.get_xdata()) for line in recall.lines if len(line.get_xdata()) in (2, 3)
+    }
+    assert lines[10.0, 40.0, 60.0] == [10, 20, 30] and {(90.0, 90.0), (30.0, 30.0)} <= lines.keys()
+    assert [list(line.get_ydata()) for line in of_losses.lines] == [[2.0, 1.0], [0.5], [1.5], [0.1]]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [
+        "full cache",
+        "retention, 3 kept",
+        "streaming, 3 kept",
+    ]
+    with pytest.raises(ValueError, match="no score to draw"):
+        plots.curves([(10, [])], losses, tmp_path / "none.png")

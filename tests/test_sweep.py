@@ -350,7 +350,7 @@ def test_perplexity_is_of_all_tokens_together(model, tok, tmp_path):
     block = Sequences(model, config, DataConfig(), "perplexity", 12, tok, sequences.compile_once(model))
     result = {"kv_bytes": 1, "seconds": 1.0, "peak_bytes": None, "made_by": ""}
     units = block.units("streaming", 4)
-    row = block.row({unit: {**result, "scores": [x]} for unit, x in zip(units, (2.0, 4.0, 8.0), strict=True)})
+    (row,) = block.rows({unit: {**result, "scores": [x]} for unit, x in zip(units, (2.0, 4.0, 8.0), strict=True)})
     half = 4.303 * math.log(2) / 3**0.5  # t(0.975; 2), from a table; logs are log 2 apart
     assert (row.score, row.low, row.high) == pytest.approx((4, 4 * math.exp(-half), 4 * math.exp(half)), rel=1e-3)
 

@@ -11,8 +11,9 @@ from retention_jax.policies.table import FULL
 class EvalConfig:
     """What is evaluated: every task x length x policy x budget.
 
-    Tasks are of two kinds. Sequences (recall, text, perplexity) are read token by token, over several seeds, and each
-    next token is predicted. All other tasks have questions, and the model writes answers.
+    Tasks are of three kinds. Sequences (recall, text, perplexity) are read token by token, over several seeds, and each
+    next token is predicted. Faithfulness compares predictions along the full cache's own answers to prompts. All other
+    tasks have questions, and the model writes answers.
 
     Options of the cache have the names that they have in CacheConfig. Each applies to the policies that honour it.
     """
@@ -37,7 +38,7 @@ class EvalConfig:
     seed: int = 0
     decoys: float = 0.4  # recall: share of slots that are decoys
     sources: tuple[str, ...] = ()  # TASK=SOURCE: where a task's questions are, see `tasks/load.py`
-    limit: int | None = None  # answers: the task's first so many problems; None for all
+    limit: int | None = None  # answers: the task's first so many problems; None for all, 100 of `conversation`
     samples: int = 1  # answers: to each question
     temperature: float = 0.0  # answers: 0 is greedy
     top_p: float = 1.0  # answers: draw from the fewest likeliest tokens of this probability together

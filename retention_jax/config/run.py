@@ -179,6 +179,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     backbone: str = ""  # stage gates: folder of the frozen weights; "builtin:recall" is shipped with the package
+    gates: str = ""  # stage gates: folder of gates to start from, of the kind that `gate` says; "": fresh ones
     backbone_steps: int = 0  # stage gates with no `backbone`: train one first, for so many steps
     backbone_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, final_learning_rate=6e-5)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen backbone; gates are float32
@@ -187,6 +188,7 @@ class TrainConfig:
     remat: bool = False  # recompute a layer's activations in the backward pass
     checkpoint_every: int = 500  # steps
     checkpoint_keep: int = 2
+    eval_every: int = 0  # steps, a multiple of checkpoint_every: `eval` is scored while training; 0: only at the end
     log_every: int = 10  # steps
     profile_start: int = 0  # first step of the profiler window
     profile_steps: int = 0  # its length; 0 profiles nothing
@@ -210,6 +212,10 @@ class TrainConfig:
                 "backbone and backbone_steps go with stage='gates' only",
             ),
             (
+                not self.gates or (self.stage == "gates" and bool(self.backbone)),
+                f"gates, a folder to start from, goes with stage='gates' and a given backbone only, got {self.gates!r}",
+            ),
+            (
                 bool(self.backbone) == (self.model is None),
                 "model is needed to train a backbone, and must be None where `backbone` names one",
             ),
@@ -225,6 +231,12 @@ class TrainConfig:
                 (getattr(self, n) >= 1, f"{n} must be at least 1, got {getattr(self, n)}")
                 for n in ("checkpoint_every", "checkpoint_keep", "log_every")
             ],
+            (
+                self.eval_every >= 0 and self.eval_every % max(self.checkpoint_every, 1) == 0,
+                f"eval_every must be 0 or a multiple of checkpoint_every={self.checkpoint_every}, got "
+                f"{self.eval_every}",
+            ),
+            (not self.eval_every or bool(self.eval.tasks), "eval_every needs eval.tasks"),
         )
 
     def check_mesh(self, sizes: dict[str, int], model: ModelConfig) -> None:

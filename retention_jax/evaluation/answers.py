@@ -49,7 +49,7 @@ class Answers:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.task, self.definition = name, task
         self.new_tokens = [
-            tuple(config.max_new_tokens or turn.max_new_tokens for turn in example.turns)
+            tuple(turn.max_new_tokens and (config.max_new_tokens or turn.max_new_tokens) for turn in example.turns)
             for example in task.examples[: config.limit]
         ]
         context = config.context or model.config.context
@@ -114,6 +114,10 @@ class Answers:
             buffer = self._read([prompt.context for prompt in batch], cache, None)
         for turn, max_new_tokens in enumerate(self.new_tokens[batch[0].index]):
             asked = [self._asked(prompt, turn, last[i] if last else None) for i, prompt in enumerate(batch)]
+            if not max_new_tokens:
+                buffer, last = self._read(asked, cache, buffer), []
+                done.append([[] for _ in batch])
+                continue
             # Where the next turn has a given text in place of the answer, the answer must leave no trace. So the
             # question is read once more, into a copy of the buffer.
             untouched = self._read(asked, cache, jax.tree.map(jnp.copy, buffer)) if batch[0].told[turn] else None
@@ -139,6 +143,7 @@ class Answers:
                 self._answer(prompt, turn, new)
                 for prompt, new_tokens in answers.values()
                 for turn, new in enumerate(new_tokens)
+                if new
             ],
             "kv_bytes": int(stats["kv_bytes"]) // len(batch),
             "full_kv_bytes": full_nbytes(self.model.config, max(map(_tokens_seen, batch, zip(*done, strict=True)))),
@@ -176,7 +181,7 @@ class Answers:
 
         return [score(answer) for answer in result["answers"]]
 
-    def row(self, results: dict[Unit, Result]) -> Row:
+    def rows(self, results: dict[Unit, Result]) -> list[Row]:
         """The row of one policy and budget, from the results of its units."""
         unit, seconds = next(iter(results)), sum(r["seconds"] for r in results.values())
         answers = [answer for result in results.values() for answer in result["answers"]]
@@ -189,7 +194,7 @@ class Answers:
             if group:
                 of_groups.setdefault(group, {}).setdefault(problem, []).append(score)
         score, low, high = interval(_means(scores))
-        return Row(
+        row = Row(
             task=self.task,
             length=self.length,
             policy=unit.policy,
@@ -211,6 +216,7 @@ class Answers:
             options=buffers.options(self.config, unit.policy),
             made_by=sorted({r["made_by"] for r in results.values()}),
         )
+        return [row]
 
 
 def behind_thoughts(asked: str, text: str) -> str:

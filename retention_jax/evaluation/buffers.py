@@ -37,6 +37,12 @@ def policy_of(name: str) -> Policy | None:
     return None if name == FULL else POLICIES[name if name in POLICIES else name.removesuffix(_LOCAL)]
 
 
+def uses_gates(name: str) -> bool:
+    """Whether what a name keeps depends on gates; raises as `policy_of` does."""
+    policy = policy_of(name)
+    return policy is not None and policy.uses_gates
+
+
 def options(config: EvalConfig, name: str) -> dict[str, Any]:
     """The fields of CacheConfig, beside policy and budget, that a policy runs with in this evaluation.
 

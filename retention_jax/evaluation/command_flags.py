@@ -12,16 +12,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from retention_jax.config import EvalConfig, TrainConfig, conversion
-from retention_jax.evaluation import buffers
-from retention_jax.evaluation.sequences import TASKS
+from retention_jax.evaluation import buffers, plan
 from retention_jax.models import gate_files
 from retention_jax.parallel import distributed
 from retention_jax.runtime import hub
-from retention_jax.tasks import load
 
 # Short names of fields of EvalConfig.
 LISTS = {
-    "tasks": f"What is evaluated, out of: {', '.join((*TASKS, *load.PARTS))}.",
+    "tasks": f"What is evaluated, out of: {', '.join(plan.FAMILIES)}.",
     "sources": "TASK=FILE, where a task's questions are.",
     "policies": "What chooses the entries to keep.",
     "budgets": "Kept entries per layer and head.",
@@ -42,7 +40,7 @@ def define(values: flags.FlagValues, short: Sequence[str] = SHORT) -> None:
     """
     config_flags.DEFINE_config_file("config", None, "The run's config file.", lock_config=True, flag_values=values)
     text = functools.partial(flags.DEFINE_string, flag_values=values)
-    text("checkpoint", "", "Training workdir, or gate folder.")
+    text("checkpoint", "", "Training workdir, or gate folder, hub name or builtin:NAME.")
     text("output", "", "Folder for results and figures; empty writes none.")
     for name in short:
         what = (LISTS | NUMBERS)[name] + (f" Out of: {', '.join(buffers.names())}." if name == "policies" else "")
@@ -88,12 +86,12 @@ def checkpoint_folders(checkpoint: str, backbone: str, policies: Sequence[str]) 
     Raises:
       ValueError: when gates or backbone are needed and not there.
     """
-    need_gates = [name for name in policies if (policy := buffers.policy_of(name)) and policy.uses_gates]
+    need_gates = [name for name in policies if buffers.uses_gates(name)]
     if not checkpoint:
         if need_gates or not backbone:
             raise ValueError("--checkpoint must name a gate folder or a training workdir")
         return backbone, None
-    folder = hub.resolve(checkpoint)
+    folder = hub.resolve(checkpoint, files=("config.json", gate_files.OURS, gate_files.OFFICIAL))
     gates = folder if gate_files.weight_files(folder) else folder / "gates"
     has_gates = bool(gate_files.weight_files(gates))
     if need_gates and not has_gates:

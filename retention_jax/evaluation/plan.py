@@ -10,10 +10,12 @@ from jax.sharding import Mesh
 
 from retention_jax import cache
 from retention_jax.config import DataConfig, EvalConfig, MeshConfig, conversion
+from retention_jax.corpus.answers import read_prompts
 from retention_jax.data import recall, sources
-from retention_jax.evaluation import buffers, devices, rows, sequences, sweep
+from retention_jax.evaluation import buffers, devices, faithfulness, rows, sequences, sweep
 from retention_jax.evaluation.answers import Answers
 from retention_jax.evaluation.buffers import buffer_of, cells
+from retention_jax.evaluation.faithfulness import Faithfulness
 from retention_jax.evaluation.rows import Row
 from retention_jax.evaluation.sequences import TASKS, Sequences
 from retention_jax.models.decoder import Decoder
@@ -22,6 +24,8 @@ from retention_jax.tasks import load
 from retention_jax.tasks.example import Task
 from retention_jax.text.tokenizer import Tokenizer
 
+FAMILIES = (*TASKS, faithfulness.TASK, *load.PARTS)  # of tasks
+
 
 def check(config: EvalConfig, data: DataConfig) -> None:
     """Checks everything that needs no model and no device.
@@ -29,10 +33,11 @@ def check(config: EvalConfig, data: DataConfig) -> None:
     Raises:
       ValueError: naming all that is wrong, and what is allowed.
     """
-    problems = [] if config.tasks else [f"no task is named; known: {', '.join((*TASKS, *load.PARTS))}"]
+    problems = [] if config.tasks else [f"no task is named; known: {', '.join(FAMILIES)}"]
     answered = [task for task in config.tasks if task not in TASKS]
     read = [task for task in config.tasks if task in TASKS]
-    problems += load.problems(answered, _task_settings(config, pathlib.Path()))
+    loaded = [task for task in answered if task != faithfulness.TASK]
+    problems += load.problems(loaded, _task_settings(config, pathlib.Path()), others=(*TASKS, faithfulness.TASK))
     for name in config.policies:
         policy = buffers.policy_of(name) if name in buffers.names() else None
         if policy and policy.needs_future and answered:
@@ -45,8 +50,9 @@ def check(config: EvalConfig, data: DataConfig) -> None:
         problems.append(f"task 'text' needs a config whose data.task is 'text', got {data.task!r}")
     if "recall" in config.tasks and min(config.lengths) < 3 * recall.SLOT:
         problems.append(f"task 'recall' needs lengths of at least {3 * recall.SLOT}, got {config.lengths}")
-    if "perplexity" in config.tasks and "perplexity" not in config.source_of:
-        problems.append("task 'perplexity' needs its text: --sources=perplexity=FILE")
+    for task, what in (("perplexity", "text"), (faithfulness.TASK, "prompts")):
+        if task in config.tasks and task not in config.source_of:
+            problems.append(f"task {task!r} needs its {what}: --sources={task}=FILE")
     problems += buffers.problems(config)
     if config.seed < 0:
         problems.append(f"seed must not be negative, got {config.seed}")
@@ -132,36 +138,60 @@ def blocks(
     Sources are read here, so that a wrong one shows at once; prompts are in memory while their task and length runs.
 
     Raises:
+      ValueError: as `check_sources` does.
+    """
+    check_sources(config, data, tokenizer)
+    found, compile_programs = [], sequences.compile_once(model)
+    settings = _task_settings(config, (output or pathlib.Path()) / f"verdicts-{jax.process_index()}.jsonl")
+    for task in config.tasks:
+        if task in TASKS:
+            make = functools.partial(
+                Sequences, model, config, data, task, tokenizer=tokenizer, compile_programs=compile_programs
+            )
+            found += [functools.partial(make, length=length) for length in config.lengths]
+        elif tokenizer is not None and task == faithfulness.TASK:
+            found.append(functools.partial(Faithfulness, model, tokenizer, config))
+        elif tokenizer is not None:
+            for length in _lengths(config, task):
+                make_task = functools.partial(_load, task, tokenizer, length, settings)
+                found.append(functools.partial(_answers, model, tokenizer, config, task, make_task, length))
+    return found
+
+
+def check_sources(config: EvalConfig, data: DataConfig, tokenizer: Tokenizer | None) -> None:
+    """Reads every source, and makes a prompt of every task and length. It needs no model.
+
+    Raises:
       ValueError: naming every task that cannot be loaded.
     """
-    found, problems, compile_programs = [], [], sequences.compile_once(model)
-    settings = _task_settings(config, (output or pathlib.Path()) / f"verdicts-{jax.process_index()}.jsonl")
+    problems, settings = [], _task_settings(config, pathlib.Path())._replace(limit=1)
     for task in config.tasks:
         try:
             if tokenizer is None and needs_tokenizer(task):
                 raise ValueError(f"task {task!r} needs the model's tokenizer")
-            if task in TASKS:
-                if task == "perplexity":
-                    sources.text(config.source_of[task])
-                else:
-                    for length in config.lengths:
-                        sequences.examples(task, config, data, length)
-                make = functools.partial(
-                    Sequences, model, config, data, task, tokenizer=tokenizer, compile_programs=compile_programs
-                )
-                found += [functools.partial(make, length=length) for length in config.lengths]
+            if task == "perplexity":
+                sources.text(config.source_of[task])
+            elif task == faithfulness.TASK:
+                read_prompts(config.source_of[task])
+            elif task in TASKS:
+                for length in config.lengths:
+                    sequences.examples(task, config, data, length)
             elif tokenizer is not None:
-                encode = functools.partial(tokenizer.encode, bos=False)
-                for length in config.lengths if load.has_lengths(task) else (None,):
-                    read = functools.partial(load.load, task, encode=encode, length=length or 0)
-                    read(settings=settings._replace(limit=1))  # of a task that is made here, one prompt
-                    make_task = functools.partial(read, settings=settings)
-                    found.append(functools.partial(_answers, model, tokenizer, config, task, make_task, length))
+                for length in _lengths(config, task):
+                    _load(task, tokenizer, length, settings)
         except ValueError as error:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    return found
+
+
+def _lengths(config: EvalConfig, task: str) -> tuple[int | None, ...]:
+    """What a task with answers is made for; None where its texts have lengths of their own."""
+    return config.lengths if load.has_lengths(task) else (None,)
+
+
+def _load(task: str, tokenizer: Tokenizer, length: int | None, settings: load.Settings) -> Task:
+    return load.load(task, settings, functools.partial(tokenizer.encode, bos=False), length or 0)
 
 
 def needs_tokenizer(task: str) -> bool:

@@ -2,12 +2,20 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    StrMethodFormatter,
+)
 
 from retention_jax.evaluation.rows import Row, in_bytes, lower_is_better, named, number, shown
 from retention_jax.policies.table import FULL
@@ -87,6 +95,72 @@ def memory(rows: Sequence[Row], path: str | os.PathLike) -> None:
 
     title = lambda rows: f"{rows[0].task}: score against memory"
     _by_length(rows, path, draw, "KV memory of a sequence", title)
+
+
+def curves(
+    scored: Sequence[tuple[int, Sequence[Row]]], losses: Sequence[Mapping[str, int | float]], path: str | os.PathLike
+) -> None:
+    """Draws how scores grow while training, one panel for each task and length, and the losses, as a PNG file.
+
+    A policy that was scored at one step only, because no gate changes it, is a level line.
+
+    Args:
+      scored: steps, each with the rows of its evaluation.
+      losses: a mapping for each reported step: `step`, and terms of the loss by name.
+      path: the file.
+
+    Raises:
+      ValueError: when there is nothing to draw.
+    """
+    panels = list(dict.fromkeys((row.task, row.length) for _, rows in scored for row in rows))
+    if not panels:
+        raise ValueError("there is no score to draw")
+    lines = list(dict.fromkeys((row.policy, row.budget) for _, rows in scored for row in rows if not row.is_full))
+    policies, budgets = (list(dict.fromkeys(part)) for part in zip(*lines, strict=True)) if lines else ([], [])
+    figure = Figure(figsize=(1.6 + 3.4 * (len(panels) + 1), 4.0), layout="constrained")
+    *of_tasks, of_losses = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
+    drawn: dict[str, Any] = {}
+    for (task, length), axes in zip(panels, of_tasks, strict=True):
+        at: dict[tuple[str, int], list[tuple[int, Row]]] = {}
+        for step, rows in scored:
+            for row in rows:
+                if (row.task, row.length) == (task, length):
+                    at.setdefault((row.policy, -1 if row.is_full else row.budget), []).append((step, row))
+        for (policy, budget), points in at.items():
+            if policy == FULL:
+                style, label = {"color": "black", "linestyle": "--"}, "full cache"
+            else:
+                style = {"color": COLORS[policies.index(policy) % len(COLORS)]}
+                style["linestyle"] = LINES[budgets.index(budget) % len(LINES)]
+                style["marker"] = MARKERS[budgets.index(budget) % len(MARKERS)]
+                label = f"{policy.replace('_', ' ')}, {budget} kept"
+            if len(points) == 1 and len(scored) > 1:
+                level = shown(points[0][1].metric, points[0][1].score)
+                drawn[label] = axes.axhline(level, **style, linewidth=1.2)
+            else:
+                drawn[label] = _scores(axes, [step for step, _ in points], [row for _, row in points], style)
+        metric = points[0][1].metric
+        axes.set_title(f"{task}, {length} tokens", fontsize=10)
+        axes.set_ylabel(named(metric))
+        if not lower_is_better(metric):
+            axes.set_ylim(0, min(max(axes.get_ylim()[1], 1.0), 105.0))  # intervals of a few problems go far beyond
+    for i, name in enumerate(("loss", "kl", "ce", "capacity")):
+        if points := [(line["step"], line[name]) for line in losses if name in line]:
+            of_losses.plot(
+                *zip(*points, strict=True), label=name, color=COLORS[i], linewidth=1.2, marker=".", markersize=2
+            )
+    of_losses.set_title("losses, nats a token", fontsize=10)
+    if losses:
+        of_losses.legend(frameon=False, fontsize=8, loc="upper right")
+    for axes in (*of_tasks, of_losses):
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Scores while training", fontsize=11, fontweight="bold")
+    figure.legend(list(drawn.values()), list(drawn), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=200, format="png")
 
 
 def _by_length(

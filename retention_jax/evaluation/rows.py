@@ -25,7 +25,7 @@ class Row(NamedTuple):
     length: int  # tokens a sequence; where a task's texts have lengths of their own, of its longest prompt
     policy: str
     budget: int  # M, kept entries per layer and head; the length for the full cache
-    metric: str  # "bits_per_byte", "perplexity": lower is better; all others, such as "accuracy", are shares
+    metric: str  # "bits_per_byte", "perplexity", "kl": lower is better; all others, such as "accuracy", are shares
     score: float  # mean over seeds (sequences) or problems (answers)
     low: float  # 95 % Student-t interval of that mean; the score itself where it is a mean of one
     high: float
@@ -53,21 +53,21 @@ class Row(NamedTuple):
 
 
 _PACKAGES = ("jax", "flax", "retention_jax", "math-verify")
-_BITS = ("bits_per_byte", "perplexity")
+_LOWER = ("bits_per_byte", "perplexity", "kl")
 
 
 def lower_is_better(metric: str) -> bool:
-    return metric in _BITS
+    return metric in _LOWER
 
 
 def shown(metric: str, score: float) -> float:
     """The number as tables and figures show it: shares in %, the rest as it is."""
-    return score if metric in _BITS else 100 * score
+    return score if metric in _LOWER else 100 * score
 
 
 def number(metric: str, score: float) -> str:
     """The same as text."""
-    return f"{shown(metric, score):.{3 if metric in _BITS else 1}f}"
+    return f"{shown(metric, score):.{3 if metric in _LOWER else 1}f}"
 
 
 def in_bytes(count: int | float) -> str:
@@ -81,6 +81,10 @@ def named(metric: str) -> str:
     match metric:
         case "bits_per_byte" | "perplexity":
             return f"{metric.replace('_', ' ')}, lower is better"
+        case "kl":
+            return "KL to the full cache, nats a token, lower is better"
+        case "agreement":
+            return "% of tokens predicted as by the full cache"
         case "accuracy":
             return "% of answers right"
         case _:

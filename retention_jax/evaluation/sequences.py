@@ -230,11 +230,11 @@ class Sequences:
         mean, low, high = map(math.exp, interval([math.log(score) for score in scores]))
         return mean, low, high
 
-    def row(self, results: dict[Unit, Result]) -> Row:
+    def rows(self, results: dict[Unit, Result]) -> list[Row]:
         """The row of one policy and budget, from the results of its units."""
         unit, seconds = next(iter(results)), sum(r["seconds"] for r in results.values())
         score, low, high = self._interval([r["scores"][0] for r in results.values()])
-        return Row(
+        row = Row(
             task=self.task,
             length=self.length,
             policy=unit.policy,
@@ -256,3 +256,4 @@ class Sequences:
             options=buffers.options(self.config, unit.policy),
             made_by=sorted({r["made_by"] for r in results.values()}),
         )
+        return [row]

@@ -13,12 +13,13 @@ import tqdm
 from retention_jax.config import CacheConfig
 from retention_jax.evaluation import journal, plots, rows
 from retention_jax.evaluation.answers import Answers
+from retention_jax.evaluation.faithfulness import Faithfulness
 from retention_jax.evaluation.journal import Journal, Result, Unit
 from retention_jax.evaluation.rows import Row
 from retention_jax.evaluation.sequences import Sequences
 from retention_jax.parallel import distributed
 
-Block = Sequences | Answers  # one task at one length
+Block = Sequences | Answers | Faithfulness  # one task at one length
 
 
 def dealt(units: Sequence[Unit], process: int, processes: int) -> list[Unit]:
@@ -105,13 +106,14 @@ def run(
                 bar.update(width / len(units))
             for text in distributed.gather(json.dumps(fresh)):
                 done.update({Unit(*unit): result for unit, result in json.loads(text)})
-            return [block.row({unit: done[unit] for unit in of_cell}) for of_cell in wanted]
+            return [row for of_cell in wanted for row in block.rows({unit: done[unit] for unit in of_cell})]
 
         for make in blocks:
             here = computed(make())
             found += here
             if process == 0:
-                tqdm.tqdm.write(rows.table(here) + "\n")
+                for task in dict.fromkeys(row.task for row in here):
+                    tqdm.tqdm.write(rows.table([row for row in here if row.task == task]) + "\n")
                 if output is not None:
                     rows.save(header, found, output / "results.json")
     if output is not None and process == 0:

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from retention_jax.models.decoder import Decoder
 from retention_jax.parallel.sharding import on_host
-from retention_jax.runtime.files import first_problems, write_atomically
+from retention_jax.runtime.files import first_problems, write_atomically, write_folder_atomically
 
 Layout = Literal["in", "out", "flat", "same"]
 Shape = tuple[int, ...]
@@ -309,30 +309,37 @@ def save(
     folder: str | os.PathLike,
     file: str,
     config: dict[str, Any],
+    matrices: str | None = None,
 ) -> None:
-    """Writes a model's variables of one kind under their names, and `config` as config.json, each file whole.
+    """Writes a model's variables of one kind under their names, and `config` as config.json.
 
+    `matrices` is the dtype in which tensors of two axes or more are stored; None: all as they are.
+    However it ends, the folder holds the old tensors or the new ones; or, if its config changes, none that can be read.
     Every process must call it, since each may hold parts; process 0 writes, and all return when it has.
     """
     values = {path: on_host(v[...]) for path, v in _flat(model, kind).items()}
     if jax.process_index() == 0:
-        _write(values, names, pathlib.Path(folder), file, config)
+        stored = lambda a: a.astype(np.dtype(matrices)) if matrices and a.ndim > 1 else a
+        tensors = {name: np.ascontiguousarray(stored(p.to_file(p.of(values)))) for name, p in names.items()}
+        _write(tensors, pathlib.Path(folder), file, config)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"written {folder}")
 
 
-def _write(
-    values: Mapping[tuple[str, ...], np.ndarray],
-    names: Mapping[str, Place],
-    folder: pathlib.Path,
-    file: str,
-    config: dict[str, Any],
-) -> None:
-    tensors = {name: np.ascontiguousarray(place.to_file(place.of(values))) for name, place in names.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / file, lambda path: save_file(tensors, path))
+def _write(tensors: dict[str, np.ndarray], folder: pathlib.Path, file: str, config: dict[str, Any]) -> None:
     text = json.dumps(config, indent=2)
-    write_atomically(folder / "config.json", lambda path: path.write_text(text))
+
+    def write(into: pathlib.Path) -> None:
+        write_atomically(into / file, lambda path: save_file(tensors, path))
+        write_atomically(into / "config.json", lambda path: path.write_text(text))
+
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_folder_atomically(folder, write)
+        return
+    if (folder / "config.json").exists() and (folder / "config.json").read_text() != text:
+        (folder / "config.json").unlink()  # never one model's tensors under another one's config
+    write(folder)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

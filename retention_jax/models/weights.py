@@ -20,6 +20,7 @@ from retention_jax.config import GateConfig
 from retention_jax.models import gate_files, huggingface, tensors
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
+from retention_jax.models.gate_files import Gates
 from retention_jax.parallel import sharding
 from retention_jax.runtime import hub
 
@@ -47,17 +48,14 @@ def load(
       ValueError: when a folder or file is missing, damaged or unsupported, or tensors are missing, extra or of another
         shape (all listed).
     """
-    if gates is None:
-        return load_backbone(folder, GateConfig(), dtype, seed=0, revision=revision, mesh=mesh, table=sharding.DECODING)
-    found = gate_files.read_gates(hub.resolve(gates, files=("config.json", gate_files.OURS, gate_files.OFFICIAL)))
-    folder = hub.resolve(folder, revision)
-    model = _without_values(folder, found.config, dtype)
-    gate_files.load_gates(model, found)  # first: what does not fit shows before gigabytes are read
-    _read_backbone(model, folder, mesh, sharding.DECODING)
-    if mesh is not None:
-        gates_read = nnx.state(model, GateParam)
-        nnx.update(model, jax.device_put(gates_read, sharding.of_tree(sharding.automatic(mesh), gates_read)))
-    return model
+    found = read_gates(gates) if gates is not None else None
+    kind = found.config if found else GateConfig()
+    return load_backbone(folder, kind, dtype, gates=found, revision=revision, mesh=mesh, table=sharding.DECODING)
+
+
+def read_gates(folder: str | os.PathLike) -> Gates:
+    """The gates of a folder, a hub name or `builtin:NAME`; raises what `hub.resolve` and `gate_files.read_gates` do."""
+    return gate_files.read_gates(hub.resolve(folder, files=("config.json", gate_files.OURS, gate_files.OFFICIAL)))
 
 
 def load_backbone(
@@ -65,19 +63,34 @@ def load_backbone(
     gate: GateConfig,
     dtype: str,
     *,
-    seed: int,
+    seed: int = 0,
+    gates: Gates | None = None,
     revision: str | None = None,
     mesh: Mesh | None = None,
     table: dict[str, P] = sharding.WEIGHTS,
 ) -> Decoder:
     """A decoder from a Hugging Face checkpoint with freshly initialised gates; takes and raises what `load` does.
 
-    `table` says how a mesh's devices share the weights.
+    Args:
+      folder: as for `load`.
+      gate: what gates are like.
+      dtype: of the backbone.
+      seed: of the fresh gates.
+      gates: in place of fresh ones; `gate` is what they are like.
+      revision: as for `load`.
+      mesh: as for `load`.
+      table: how a mesh's devices share the weights.
     """
     folder = hub.resolve(folder, revision)
     model = _without_values(folder, gate, dtype)
+    if gates is not None:
+        gate_files.load_gates(model, gates)  # first: what does not fit shows before gigabytes are read
     _read_backbone(model, folder, mesh, table)
-    init_gates(model, seed=seed, mesh=mesh)
+    if gates is None:
+        init_gates(model, seed=seed, mesh=mesh)
+    elif mesh is not None:
+        read = nnx.state(model, GateParam)
+        nnx.update(model, jax.device_put(read, sharding.of_tree(sharding.automatic(mesh), read)))
     return model
 
 

@@ -21,6 +21,15 @@ def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], object]
         os.replace(temporary, path)
 
 
+def write_folder_atomically(folder: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+    """Lets `write` fill a folder under a temporary name and renames it. There must be no such folder yet."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as around:
+        temporary = pathlib.Path(around, folder.name)
+        temporary.mkdir()
+        write(temporary)
+        os.rename(temporary, folder)
+
+
 def json_line(value: Any) -> bytes:
     """The line of a file that stands for `value`, in UTF-8, without its end.
 

@@ -23,6 +23,9 @@ def resolve(name: str | os.PathLike, revision: str | None = None, files: tuple[s
     path = BUILTIN / text.removeprefix("builtin:") if text.startswith("builtin:") else pathlib.Path(text).expanduser()
     if path.is_dir():
         return path
+    if text.startswith("builtin:"):
+        known = ", ".join(f"builtin:{folder.name}" for folder in sorted(BUILTIN.iterdir()) if folder.is_dir())
+        raise ValueError(f"{name}: not shipped with the package, which has {known}")
     if isinstance(name, os.PathLike) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
         raise ValueError(f"{name}: no such checkpoint folder")
     try:

@@ -9,7 +9,7 @@ class Turn(NamedTuple):
 
     question: str  # read after the context and the turns before, then answered
     gold: tuple[str, ...]  # reference answers; the task's `score` says how an answer is compared with them
-    max_new_tokens: int  # as published
+    max_new_tokens: int  # as published; 0: the turn is only read, `told` stands for its answer, and it has no score
     answer_prefix: str = ""  # what the model is made to begin its answer with; not part of what is scored
     group: str = ""  # what its scores are also averaged over, such as a domain or a difficulty
     told: str | None = None  # what later turns are read behind, in place of the model's answer; None: that answer

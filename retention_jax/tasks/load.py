@@ -2,6 +2,7 @@
 
 ruler/PART                         parts: `ruler.NAMES`            made for a length; SOURCE: its essay or questions
 ruler_rows/PART                           `ruler.NAMES`            SOURCE of prompts that RULER's own code has made
+conversation                       facts told early, asked for late    made for a length; SOURCE: the text in between
 gsm8k, math500, aime                                               SOURCE, see `data/sources.py`
 longbench/PART                            `longbench.NAMES`        SOURCE
 longbench_v2/PART                         `longbench_v2.NAMES`     SOURCE
@@ -14,7 +15,17 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from retention_jax.tasks import judge, longbench, longbench_v2, longmemeval, longproc, maths, ruler, scbench
+from retention_jax.tasks import (
+    conversation,
+    judge,
+    longbench,
+    longbench_v2,
+    longmemeval,
+    longproc,
+    maths,
+    ruler,
+    scbench,
+)
 from retention_jax.tasks.example import Task
 
 
@@ -26,13 +37,14 @@ class Settings(NamedTuple):
     judge_model: str
     judge_tokens: int  # longest verdict
     verdicts: pathlib.Path  # file that the judge's verdicts are kept in
-    limit: int | None  # ruler: how many examples are made; None: as many as its authors make
-    seed: int  # ruler
+    limit: int | None  # tasks made for a length: how many examples; None: as many as ruler's authors make, or 100
+    seed: int  # tasks made for a length
 
 
 PARTS = {
     "ruler": ruler.NAMES,
     "ruler_rows": ruler.NAMES,
+    "conversation": ("",),
     **{name: ("",) for name in maths.NAMES},
     "longbench": longbench.NAMES,
     "longbench_v2": longbench_v2.NAMES,
@@ -42,20 +54,23 @@ PARTS = {
 }
 
 
-def problems(names: Sequence[str], settings: Settings) -> list[str]:
-    """What is wrong with names and settings, in words; [] where they can be loaded, files apart."""
+def problems(names: Sequence[str], settings: Settings, others: Sequence[str] = ()) -> list[str]:
+    """What is wrong with names and settings, in words; [] where they can be loaded, files apart.
+
+    `others` are tasks that are known besides, and may have sources.
+    """
     found = []
     for name in names:
         family, _, part = name.partition("/")
         if family not in PARTS:
-            found.append(f"unknown task {name!r}; known: recall, text, perplexity, {', '.join(PARTS)}")
+            found.append(f"unknown task {name!r}; known: {', '.join((*others, *PARTS))}")
         elif part not in PARTS[family]:
             found.append(f"unknown task {name!r}; {family} has: {', '.join(PARTS[family]) or 'no parts'}")
         elif family != "ruler" and not _source(name, settings):
             found.append(f"task {name!r} needs its questions: --sources={family}=FILE")
         if family == "longmemeval" and not (settings.judge_url and settings.judge_model):
             found.append(f"task {name!r} needs judge_url and judge_model")
-    used = {"perplexity", *names, *(name.partition("/")[0] for name in names)}
+    used = {*others, *names, *(name.partition("/")[0] for name in names)}
     unused = [name for name in settings.sources if name not in used]
     return found + [f"sources name {name!r}, which is no task of this run" for name in unused]
 
@@ -66,12 +81,12 @@ def _source(name: str, settings: Settings) -> str:
 
 # Tokens of an answer, as R-KV has them (arXiv 2505.24133, with the prompt there), and RULER's number of examples.
 _MATHS_TOKENS = {"gsm8k": 8192, "math500": 16384, "aime": 32768}
-_RULER_EXAMPLES = 500
+_RULER_EXAMPLES, _CONVERSATIONS = 500, 100
 
 
 def has_lengths(name: str) -> bool:
     """Whether a task is made for a length; others' texts have lengths of their own."""
-    return name.partition("/")[0] == "ruler"
+    return name.partition("/")[0] in ("ruler", "conversation")
 
 
 def load(name: str, settings: Settings, encode: Callable[[str], list[int]], length: int) -> Task:
@@ -87,6 +102,9 @@ def load(name: str, settings: Settings, encode: Callable[[str], list[int]], leng
             files = {"qa" if part in ruler.LIBRARIES else "haystack": source}
             examples = settings.limit or _RULER_EXAMPLES
             return ruler.load(part, encode=encode, length=length, examples=examples, seed=settings.seed, **files)
+        case "conversation":
+            examples = settings.limit or _CONVERSATIONS
+            return conversation.load(source, encode=encode, length=length, examples=examples, seed=settings.seed)
         case "ruler_rows":
             return ruler.from_rows(source)
         case "gsm8k" | "math500" | "aime":

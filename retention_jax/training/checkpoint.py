@@ -159,6 +159,7 @@ _FREE = (
     "log_every",
     "checkpoint_every",
     "checkpoint_keep",
+    "eval_every",
     "profile_start",
     "profile_steps",
     "data.cache_dir",
@@ -188,6 +189,8 @@ def _check(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, str]) -
         return
     free = lambda name: any(name == field or name.startswith(f"{field}.") for field in _FREE)
     theirs = _read(workdir / _CONFIG)
+    with contextlib.suppress(ValueError):  # what older code had no field for has its default
+        theirs = theirs and _plain(conversion.from_dict(TrainConfig, theirs))
     if theirs is not None and (
         changes := [change for change in differing(theirs, _plain(config)) if not free(change[0])]
     ):

@@ -1,14 +1,22 @@
-"""Where the numbers of a run go: JSON lines, TensorBoard events and one progress bar. Only process 0 writes."""
+"""Where the numbers of a run go: JSON lines, TensorBoard events and one progress bar, which only process 0 writes; and
+profiles of steps."""
 
+import contextlib
+import math
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import NamedTuple
 
 import jax
+import numpy as np
 import tqdm
+from jaxtyping import Array, Float
 from tensorboardX import SummaryWriter
 
+from retention_jax.config import TrainConfig
 from retention_jax.runtime import files
 
 
@@ -21,6 +29,14 @@ def say(text: str) -> None:
         tqdm.tqdm.write(text, file=sys.stderr)
 
 
+class StepMetrics(NamedTuple):
+    """What one training step tells. Losses in nats a token."""
+
+    losses: dict[str, Float[Array, ""]]
+    grad_norm: Float[Array, ""]
+    retained: Float[Array, "L K"] | None  # gates only
+
+
 class Meter:
     """Rates over the time since the first step ended, so that compilation does not count."""
 
@@ -28,6 +44,11 @@ class Meter:
         """`tokens` is how many a step processes."""
         self._tokens = tokens
         self._start: tuple[int, float] | None = None
+
+    def skip(self, seconds: float) -> None:
+        """Leaves out seconds that were spent on something else."""
+        if self._start is not None:
+            self._start = (self._start[0], self._start[1] + seconds)
 
     def tick(self, step: int) -> dict[str, float]:
         """To be called when a step has ended. Steps and tokens a second; {} after the first step."""
@@ -75,6 +96,55 @@ class MetricWriter:
             self._bar.close()
             self._events.close()
             self._lines.close()
+
+
+def report(writer: MetricWriter, meter: Meter, config: TrainConfig, step: int, result: StepMetrics) -> None:
+    """Shows a step's numbers, and writes them where it is time.
+
+    Raises:
+      FloatingPointError: when a loss is not finite; names the step.
+    """
+    loss = float(result.losses["loss"])  # waits for the step
+    if not math.isfinite(loss) or not math.isfinite(float(result.grad_norm)):
+        raise FloatingPointError(
+            f"step {step}: loss is {loss}, gradient norm {float(result.grad_norm)}; nothing was saved"
+        )
+    rates = meter.tick(step)
+    writer.progress(step, {"loss": f"{loss:.4f}", **{name: f"{rate:,.0f}" for name, rate in rates.items()}})
+    if step % config.log_every == 0 or step == config.steps:
+        scalars = {name: float(value) for name, value in result.losses.items()}
+        scalars |= {"grad_norm": float(result.grad_norm), **rates}
+        if result.retained is not None:
+            for (l, h), value in np.ndenumerate(np.asarray(result.retained)):
+                scalars[f"retained/layer{l}_head{h}"] = float(value)
+        writer.write(step, scalars)
+        if step % (10 * config.log_every) == 0 or step == config.steps:
+            say(f"step {step} of {config.steps}: loss {loss:.4f}, {_spoken(rates)}")
+
+
+def _spoken(rates: dict[str, float]) -> str:
+    return ", ".join(f"{value:,.1f} {name.replace('_', ' ')}" for name, value in rates.items())
+
+
+@contextlib.contextmanager
+def profiler(folder: pathlib.Path, first: int, count: int) -> Iterator[Callable[[int], None]]:
+    """A function to call before each step: traces `count` steps from the step `first` on into a folder."""
+    tracing = False
+
+    def before(step: int) -> None:
+        nonlocal tracing
+        inside = first <= step < first + count
+        if inside and not tracing:
+            jax.profiler.start_trace(str(folder))
+        if tracing and not inside:
+            jax.profiler.stop_trace()
+        tracing = inside
+
+    try:
+        yield before
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
 
 
 def _forget_after(path: pathlib.Path, step: int) -> None:
