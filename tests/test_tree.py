@@ -29,7 +29,7 @@ FLOORS = (
     ("models",),
     ("data", "generation", "training"),
     ("tasks", "corpus"),
-    ("evaluation",),
+    ("evaluation", "serving"),
     ("dilution", "report"),
     ("evaluate", "generate", "train"),
 )
