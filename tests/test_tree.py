@@ -31,7 +31,7 @@ FLOORS = (
     ("tasks", "corpus"),
     ("evaluation", "serving"),
     ("dilution", "report"),
-    ("evaluate", "generate", "train"),
+    ("evaluate", "generate", "serve", "train"),
 )
 
 
