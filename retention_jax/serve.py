@@ -182,7 +182,7 @@ def _warn_of_strangers(values: flags.FlagValues, sock: socket.socket) -> None:
         logging.warning("everybody who reaches %s may ask: there are no --api_keys", listening.url(sock))
 
 
-def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     if not values["verbosity"].present:
@@ -191,7 +191,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
         service = make_service(values)
         _warn_of_strangers(values, sock)
         _say(f"{service.name} at {listening.url(sock)}: compiling")
-        listening.run(service, sock, values.drain_seconds, _say)
+        return listening.run(service, sock, values.drain_seconds, _say)
 
 
 if __name__ == "__main__":

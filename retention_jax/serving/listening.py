@@ -50,8 +50,8 @@ def url(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(service: Service, sock: socket.socket, drain_seconds: float, say: Callable[[str], object]) -> None:
-    """Serves until a signal, and returns once everything is parked.
+def run(service: Service, sock: socket.socket, drain_seconds: float, say: Callable[[str], object]) -> int:
+    """Serves until a signal, parks everything, and returns the exit status: 0, or 1 when the engine has failed.
 
     Args:
       service: whose engine has not started.
@@ -59,13 +59,12 @@ def run(service: Service, sock: socket.socket, drain_seconds: float, say: Callab
       drain_seconds: requests that run at the end may go on for so long.
       say: told in a line what happens.
 
-    Raises:
-      RuntimeError: when the engine fails; and whatever warming it up raises.
+    Raises what warming the engine up raises.
     """
-    asyncio.run(_run(service, sock, drain_seconds, say))
+    return asyncio.run(_run(service, sock, drain_seconds, say))
 
 
-async def _run(service: Service, sock: socket.socket, drain_seconds: float, say: Callable[[str], object]) -> None:
+async def _run(service: Service, sock: socket.socket, drain_seconds: float, say: Callable[[str], object]) -> int:
     loop, engine = asyncio.get_running_loop(), service.engine
     ended = asyncio.Event()
     warm: asyncio.Future[None] = loop.create_future()
@@ -99,14 +98,13 @@ async def _run(service: Service, sock: socket.socket, drain_seconds: float, say:
         while not ended.is_set() and engine.ready:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), _LOOKS)
-        if not ended.is_set():
-            raise RuntimeError("the engine has failed; the log says why")
-        say("draining")
+        say("draining" if ended.is_set() else "the engine has failed; the log says why")
     finally:
         service.draining.set()
         await asyncio.to_thread(engine.drain, drain_seconds)
         server.should_exit = True
         await serving
+    return 0 if ended.is_set() else 1
 
 
 def _start(service: Service, loop: asyncio.AbstractEventLoop, warm: "asyncio.Future[None]") -> None:

@@ -238,7 +238,7 @@ def _told(error: Any) -> str:
     message = {"missing": "is needed", "extra_forbidden": "is not a field of this request"}.get(error["type"])
     if message is not None:
         return message
-    text = error["msg"].removeprefix("Input ").replace("should be", "must be")
+    text = error["msg"].removeprefix("Input ").replace("List should", "must").replace("should be", "must be")
     value = error["input"]
     return f"{text}, got {value!r:.60}" if isinstance(value, str | int | float | bool) else text
 

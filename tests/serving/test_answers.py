@@ -1,5 +1,7 @@
 """Answers of the HTTP layer: layouts, whole and in parts, scores, defaults."""
 
+from typing import Any
+
 import pytest
 from asking_helpers import COMPLETIONS, answer, events
 from fake_engine import FakeEngine
@@ -53,7 +55,7 @@ def test_defaults_are_the_servers(serve):
 
 def test_parts_together_are_the_whole(serve):
     client, _ = serve()
-    fields = dict(max_tokens=20, logprobs=True, top_logprobs=2, n=2)
+    fields: dict[str, Any] = dict(max_tokens=20, logprobs=True, top_logprobs=2, n=2)
     whole, parts = answer(client, **fields), events(client, **fields)
     assert {part["object"] for part in parts} == {"chat.completion.chunk"} and len({p["id"] for p in parts}) == 1
     for index in range(2):
@@ -141,7 +143,7 @@ def test_a_stop_token_is_scored_in_completions(serve, writer):
 
 def test_echo_in_parts(serve):
     client, _ = serve()
-    fields = dict(echo=True, logprobs=1, max_tokens=7)
+    fields: dict[str, Any] = dict(echo=True, logprobs=1, max_tokens=7)
     whole, parts = answer(client, COMPLETIONS, **fields), events(client, COMPLETIONS, **fields)
     choices = [c for part in parts for c in part["choices"]]
     assert "".join(c["text"] for c in choices) == whole["choices"][0]["text"]

@@ -155,7 +155,7 @@ function drawChart(turns) {
   at("chart").replaceChildren(...parts);
 }
 
-// Text on a shade is black or white, whichever is easier to read; both themes' shades are dark enough from there on.
+// The shade is never so strong that text on it could not be read in either theme.
 const shaded = (cell, share) => { cell.style.background = `rgba(var(--shade), ${share.toFixed(3)})`; };
 
 function showHeads(byHead) {
@@ -215,7 +215,8 @@ at("reset").addEventListener("click", () => {
   complain("");
   show();
 });
-at("key").addEventListener("change", () => { state.model = null; findModel().then(() => complain(""), (error) => complain(error.message)); });
+at("key-form").addEventListener("submit", (event) => event.preventDefault());
+at("key").addEventListener("change", () => findModel().then(() => complain(""), (error) => complain(error.message)));
 
 show();
 findModel().catch((error) => complain(error.message));
