@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import jax
 from absl import app, flags, logging
+from jax.sharding import Mesh
 
 from retention_jax.cache import full_nbytes
 from retention_jax.config import MeshConfig
@@ -81,7 +82,7 @@ def make_service(values: flags.FlagValues) -> Service:
     cache, kwargs = cache_flags.read(values), _template_kwargs(values)
     _check(values)
     known = None if values.api_keys is None else keys.read(pathlib.Path(values.api_keys).expanduser())
-    mesh = sharding.make_mesh(**MeshConfig.parse(values.mesh).over(jax.device_count())) if values.mesh else None
+    mesh = _mesh(values.mesh)
     folder = hub.resolve(values.model)
     tok = tokenizer.load(folder)  # before the weights: what is wrong with it shows at once
     writer = Writer(
@@ -112,6 +113,15 @@ def make_service(values: flags.FlagValues) -> Service:
         created=int(time.time()),
         draining=threading.Event(),
     )
+
+
+def _mesh(text: str) -> Mesh | None:
+    if not text:
+        return None
+    sizes = MeshConfig.parse(text).over(jax.device_count())
+    if (rows := sizes["data"] * sizes["fsdp"]) > 1:
+        raise ValueError(f"--mesh: prompts are read one by one, so data and fsdp must be 1, got {rows}")
+    return sharding.make_mesh(**sizes)
 
 
 def _check(values: flags.FlagValues) -> None:

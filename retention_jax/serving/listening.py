@@ -37,12 +37,13 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
       ValueError: when the address is not to be had.
     """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port must be from 0 to {2**16 - 1}, got {port}")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        told = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"--host={host} --port={port}: {told}") from error
+    except OSError as error:
+        raise ValueError(f"--host={host} --port={port}: {error.strerror or error}") from error
 
 
 def url(sock: socket.socket) -> str:

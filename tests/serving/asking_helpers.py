@@ -1,6 +1,7 @@
 """Requests as a client sends them, and what they must come back as."""
 
 import json
+import threading
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "two plus two?"}]
@@ -30,3 +31,12 @@ def refusal(got, status):
     error = got.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
+
+
+def wait_until(holds, seconds=10.0):
+    waiting = threading.Event()
+    for _ in range(int(seconds / 0.01)):
+        if holds():
+            return
+        waiting.wait(0.01)
+    raise AssertionError("it did not happen in time")

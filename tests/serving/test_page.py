@@ -1,16 +1,10 @@
 """The page: what it asks of the server and nobody else, and what it shows of a conversation."""
 
 import re
-import socket
-import threading
 import time
 
 import pytest
-import uvicorn
 from chromium import PATH, Page
-from fake_engine import FakeEngine, make_service
-
-from retention_jax.serving import app
 
 pytestmark = pytest.mark.one_version
 
@@ -27,20 +21,6 @@ def test_the_pages_files_are_served_and_name_no_other_address(serve):
     ids = set(re.findall(r'id="([\w-]+)"', whole))
     assert set(re.findall(r'\bat\("([\w-]+)"\)', whole)) <= ids
     assert not re.search(r"<script(?! src)|style=\"| on\w+=\"", client.get("/").text)  # which its policy forbids
-
-
-@pytest.fixture
-def listening(writer):
-    """The address of a server over an engine without a model, and that engine."""
-    engine = FakeEngine(queue=4)
-    sock = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app.make(make_service(writer, engine)), lifespan="off", log_config=None)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-    thread.start()
-    yield f"http://127.0.0.1:{sock.getsockname()[1]}/", engine
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.mark.slow  # starts a browser

@@ -4,7 +4,7 @@ import json
 import threading
 
 import pytest
-from asking_helpers import CHAT, COMPLETIONS, HI, answer, ask, refusal
+from asking_helpers import CHAT, COMPLETIONS, HI, answer, ask, refusal, wait_until
 from fake_engine import FakeEngine
 
 from retention_jax.serving import app as app_lib
@@ -154,16 +154,7 @@ def test_a_full_queue(serve):
     engine.hold.set()
     got = ask(client, n=3)
     assert refusal(got, 429)["code"] == "queue_full" and got.headers["retry-after"] == "3"
-    deadline(lambda: not engine.running)  # none of the three stays behind
-
-
-def deadline(holds, seconds=10.0):
-    waiting = threading.Event()
-    for _ in range(int(seconds / 0.01)):
-        if holds():
-            return
-        waiting.wait(0.01)
-    raise AssertionError("it did not happen in time")
+    wait_until(lambda: not engine.running)  # none of the three stays behind
 
 
 def test_not_ready_and_draining(serve):
