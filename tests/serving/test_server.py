@@ -1,6 +1,7 @@
 """The command itself, with a tiny random model: OpenAI's own client, its flags, its end and its next start."""
 
 import asyncio
+import contextlib
 import importlib
 import pathlib
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import openai
 import pytest
@@ -149,9 +151,25 @@ def test_errors_have_the_clients_own_types(server):
     with pytest.raises(openai.APIStatusError, match="too many") as caught:
         server.client.completions.create(model="tiny", prompt=[5] * 3000)
     assert caught.value.status_code == 413
+
+
+@pytest.mark.slow  # starts the command
+def test_a_full_server_refuses_until_a_client_goes(server):
+    ask = lambda **more: server.client.chat.completions.create(
+        **{"model": "tiny", "messages": HI, "max_tokens": 3} | more
+    )
+    full = ask(n=5, max_tokens=1900, stream=True)  # three rows, and two that wait
+    assert next(iter(full)).choices
     with pytest.raises(openai.RateLimitError) as caught:
-        ask(n=5, max_tokens=500)  # three rows and a queue of two, one of them filled by each as it comes
+        ask()
     assert int(caught.value.response.headers["retry-after"]) >= 1
+    full.close()
+    for _ in range(200):
+        with contextlib.suppress(openai.RateLimitError):
+            assert ask().usage.completion_tokens
+            return
+        time.sleep(0.05)
+    raise AssertionError("the rows did not become free")
 
 
 @pytest.mark.slow  # starts the command
