@@ -9,44 +9,25 @@ all, on one device or, with --mesh=tensor:8, on all of its devices. No module im
 function of the package.
 """
 
-import dataclasses
 import functools
 import io
 import json
 import pathlib
 import sys
-import typing
 from collections.abc import Iterator, Sequence
 
 import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
 
-from retention_jax.config import CacheConfig, MeshConfig, checks, conversion
-from retention_jax.generation import conversation, prompt_files
+from retention_jax.config import MeshConfig
+from retention_jax.generation import cache_flags, conversation, prompt_files
 from retention_jax.generation.conversation import Totals, Writer
 from retention_jax.models import weights
 from retention_jax.parallel import sharding
 from retention_jax.policies.table import POLICIES
 from retention_jax.runtime import command, hub
 from retention_jax.text import tokenizer
-
-# Of the fields of CacheConfig, each of which is a flag.
-CACHE_HELP = {
-    "budget": "Average kept entries per layer and head.",
-    "recent": "Tokens between two evictions.",
-    "policy": f"What chooses the entries to keep: {', '.join(POLICIES)}.",
-    "prefill_chunk": "Prompt tokens read at a time; all by default.",
-    "protect_first": "First tokens that stay in every head.",
-    "protect_last": "Last tokens that stay in every head.",
-    "min_per_head": "Best entries that every head keeps.",
-    "threshold": "Keep only scores of at least the log of this.",
-    "horizon": "Steps of future use that the retention score counts.",
-    "local": "The budget for each layer and head, not for all together.",
-    "seed": "Of the draws, and of random policies.",
-    "observe": "Newest queries that vote, in policies of SnapKV's kind.",
-    "pool_width": "Neighbouring entries that share a vote, in the same policies.",
-}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -79,12 +60,7 @@ def define_flags(values: flags.FlagValues) -> None:
     real("top_p", None, "Draw from the fewest likeliest tokens of this probability together.")
     real("min_p", None, "Draw from tokens of at least this share of the likeliest one's probability.")
 
-    hints = checks.hints_of(CacheConfig)
-    for field in dataclasses.fields(CacheConfig):
-        kinds = {int: number, float: real, bool: switch, str: text}
-        kind = next((k for k in kinds if k in (hints[field.name], *typing.get_args(hints[field.name]))), str)
-        default = None if field.default is dataclasses.MISSING else field.default
-        kinds[kind](field.name, default, CACHE_HELP.get(field.name, "A field of CacheConfig."))
+    cache_flags.define(values)
     flags.mark_flags_as_required(["model", "budget"], flag_values=values)
 
 
@@ -99,12 +75,7 @@ def make_writer(values: flags.FlagValues) -> Writer:
         raise ValueError("give one of --prompt, --chat, or --prompts together with --output")
     if values.chat and values.raw:
         raise ValueError("--chat goes through the chat template, which --raw leaves out")
-    cache = conversion.from_dict(
-        CacheConfig, {field.name: values[field.name].value for field in dataclasses.fields(CacheConfig)}, "flags"
-    )
-    if POLICIES[cache.policy].uses_gates and not values.gates:
-        free = [name for name, policy in POLICIES.items() if not policy.uses_gates]
-        raise ValueError(f"policy {cache.policy!r} needs --gates; {', '.join(free)} do not")
+    cache = cache_flags.read(values)
     mesh = make_mesh(values)
     folder = hub.resolve(values.model)
     tok = tokenizer.load(folder)  # before the weights: what is wrong with it shows at once

@@ -10,7 +10,7 @@ from absl import flags
 from test_generate_command import CACHE, ROWS, command, folder, results_of, shown, write_lines, writer  # noqa: F401
 
 import retention_jax as rj
-from retention_jax.generation import conversation
+from retention_jax.generation import cache_flags, conversation
 from retention_jax.policies.table import POLICIES
 
 pytestmark = pytest.mark.slow  # starts the command on meshes of 8 devices
@@ -46,5 +46,5 @@ def test_every_option_of_the_cache_is_a_flag():
     for field in dataclasses.fields(rj.CacheConfig):
         default = None if field.default is dataclasses.MISSING else field.default
         assert values[field.name].default == default, field.name
-        assert values[field.name].help and field.name in module["CACHE_HELP"]
+        assert values[field.name].help and field.name in cache_flags.HELP
     assert all(name in values["policy"].help for name in POLICIES)

@@ -30,9 +30,9 @@ FLOORS = (
     ("data", "generation", "training"),
     ("corpus",),
     ("tasks",),
-    ("evaluation",),
+    ("evaluation", "serving"),
     ("dilution", "report"),
-    ("evaluate", "generate", "train"),
+    ("evaluate", "generate", "serve", "train"),
 )
 
 

@@ -145,31 +145,38 @@ def prompt_tokens(
     Raises:
       ValueError: when there is nothing to read, and as `chat.render` and `Tokenizer.encode` do.
     """
-    told = [prompt] if isinstance(prompt, str) else [m.get("content") for m in prompt if isinstance(m, Mapping)]
-    _check_control_tokens(writer, [*told, system])
-    if not writer.template:
+    if writer.template:
+        ids = writer.tokenizer.encode(prompt_text(writer, prompt, system=system, tools=tools), bos=False)
+    else:
+        check_control_tokens(writer, [prompt, system])
         if not isinstance(prompt, str) or system or tools:
             raise ValueError(
                 "messages need the chat template, and so do system and tools; only plain text can go without"
             )
         ids = writer.tokenizer.encode(prompt, bos=True)
-    else:
-        messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-        messages = chat.with_system(messages, system) if system else _with_system(writer, messages)
-        text = chat.render(
-            writer.tokenizer,
-            messages,
-            add_generation_prompt=True,
-            tools=tools,
-            template_kwargs=writer.template_kwargs,
-        )
-        ids = writer.tokenizer.encode(text, bos=False)
     if not ids:
         raise ValueError("the prompt is empty")
     return ids
 
 
-def _check_control_tokens(writer: Writer, texts: Sequence[Any]) -> None:
+def prompt_text(
+    writer: Writer,
+    prompt: str | Sequence[Message],
+    *,
+    system: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """What the chat template makes of the messages before a reply; arguments and errors as in `prompt_tokens`."""
+    told = [prompt] if isinstance(prompt, str) else [m.get("content") for m in prompt if isinstance(m, Mapping)]
+    check_control_tokens(writer, [*told, system])
+    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    messages = chat.with_system(messages, system) if system else _with_system(writer, messages)
+    return chat.render(
+        writer.tokenizer, messages, add_generation_prompt=True, tools=tools, template_kwargs=writer.template_kwargs
+    )
+
+
+def check_control_tokens(writer: Writer, texts: Sequence[Any]) -> None:
     """Raises ValueError where a text holds a control token and the writer does not let it."""
     if writer.control_tokens:
         return
@@ -257,7 +264,7 @@ def turn_tokens(writer: Writer, before: Conversation, text: str) -> tuple[list[M
     Raises:
       ValueError: as `chat.render`, `chat.continuation` and `Tokenizer.encode` do.
     """
-    _check_control_tokens(writer, [text])
+    check_control_tokens(writer, [text])
     messages = [*before.messages, {"role": "user", "content": text}]
     if before.buffer is None:
         messages = _with_system(writer, messages)
