@@ -6,7 +6,7 @@ cache = rj.CacheConfig(budget=512, recent=128, policy="retention", prefill_chunk
 out = rj.generate(model, prompts, cache, max_new_tokens=256)
 """
 
-from retention_jax.cache import Buffer, insert_row, reset_row, take_row
+from retention_jax.cache import Buffer, insert_row, load_buffer, reset_row, save_buffer, take_row
 from retention_jax.config import CacheConfig, GateConfig, LossConfig, ModelConfig, TrainConfig
 from retention_jax.generation.decoding import decode, prefill
 from retention_jax.generation.runs import Output, generate
@@ -30,10 +30,12 @@ __all__ = [
     "generate",
     "insert_row",
     "load",
+    "load_buffer",
     "losses",
     "prefill",
     "reset_row",
     "save_backbone",
+    "save_buffer",
     "save_gates",
     "score_stream",
     "sharding",
