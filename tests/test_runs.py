@@ -126,8 +126,8 @@ def test_a_run_makes_no_transfer(model):
     text = runs.decode_run.lower(model, state, how, limits, 9).as_text()
     assert not [word for word in ("callback", "infeed", "outfeed", "stablehlo.send", "stablehlo.recv") if word in text]
     with jax.transfer_guard("disallow"):
-        state, tokens, count = runs.decode_run(model, state, how, limits, 9)  # several evictions
-        state, more, count = runs.decode_run(model, state, how, limits, 9)
+        state, tokens, count, _ = runs.decode_run(model, state, how, limits, 9)  # several evictions
+        state, more, count, _ = runs.decode_run(model, state, how, limits, 9)
     assert np.asarray(count).tolist() == [9, 9] and np.asarray(state.step).tolist() == [19, 19]
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         runs.decode_run(model, state._replace(newest=np.zeros(2, np.int32)), how, limits, 9)
@@ -139,7 +139,7 @@ def test_a_run_takes_up_where_another_left_off(model):
     state, how, limits = started(model, 3)
     pieces = []
     for _ in range(4):
-        state, tokens, count = runs.decode_run(model, state, how, limits, 3)
+        state, tokens, count, _ = runs.decode_run(model, state, how, limits, 3)
         pieces.append(np.asarray(tokens))
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole[1])
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(whole[0]), strict=True):
@@ -150,14 +150,14 @@ def test_a_row_that_ended_can_go_on_beside_the_others(model):
     """Steps and limits belong to rows: a row that pauses makes the tokens that it makes without a pause."""
     state, how, limits = started(model)
     limits = limits._replace(max_new_tokens=jnp.array([3, 100]))
-    state, first, count = runs.decode_run(model, state, how, limits, 5)
+    state, first, count, _ = runs.decode_run(model, state, how, limits, 5)
     assert np.asarray(count).tolist() == [2, 5] and np.asarray(state.done).tolist() == [True, False]
     state = state._replace(done=jnp.array([False, False]))
     limits = limits._replace(max_new_tokens=jnp.array([8, 100]))
-    state, second, count = runs.decode_run(model, state, how, limits, 6)
+    state, second, count, _ = runs.decode_run(model, state, how, limits, 6)
     assert np.asarray(count).tolist() == [5, 6]
     whole_state, how, limits = started(model)
-    _, whole, _ = runs.decode_run(model, whole_state, how, limits, 12)
+    _, whole, _, _ = runs.decode_run(model, whole_state, how, limits, 12)
     got = [
         np.concatenate([np.asarray(first)[row, :a], np.asarray(second)[row, :b]])
         for row, a, b in ((0, 2, 5), (1, 5, 6))

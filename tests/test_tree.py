@@ -30,7 +30,7 @@ FLOORS = (
     ("data", "generation", "training"),
     ("corpus",),
     ("tasks",),
-    ("evaluation",),
+    ("evaluation", "serving"),
     ("dilution", "report"),
     ("evaluate", "generate", "train"),
 )

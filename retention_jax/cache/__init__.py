@@ -17,7 +17,7 @@ from retention_jax.cache.buffer import (
     window_sizes,
 )
 from retention_jax.cache.eviction import append, evict_full, take_in
-from retention_jax.cache.rows import insert_row, reset_row, take_row
+from retention_jax.cache.rows import evict_first_full, insert_row, reset_row, take_row
 from retention_jax.cache.snapshot import load_buffer, save_buffer
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "append",
     "attend",
     "empty",
+    "evict_first_full",
     "evict_full",
     "full_nbytes",
     "insert_row",

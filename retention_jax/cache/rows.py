@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from retention_jax.cache.buffer import Buffer, by_layout
+from retention_jax.cache.eviction import evict_full
 from retention_jax.parallel import sharding
 
 Row = int | Int[Array, ""]
@@ -66,6 +67,16 @@ def reset_row(buffer: Buffer, row: Row) -> Buffer:
     _check_row(buffer, row)
     with sharding.enter_mesh_of(buffer):
         return _reset(buffer, jnp.int32(row))
+
+
+def evict_first_full(buffer: Buffer) -> Buffer:
+    """Evicts in the first row that has no place for more recent tokens; it must be there. For use within a program.
+
+    Only this row's bytes are read and written. So where rows fill up at different times, each pays for its own
+    eviction, and not for one of all rows.
+    """
+    row = jnp.argmax(buffer.recent_len == buffer.config.recent).astype(jnp.int32)
+    return _written(buffer, row, evict_full(_take(buffer, row)))
 
 
 def _check_row(buffer: Buffer, row: Row) -> None:

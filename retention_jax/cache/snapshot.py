@@ -105,7 +105,10 @@ def write(path: pathlib.Path, held: Buffer, told: Mapping[str, Any]) -> None:
     }
     text = json.dumps(about, sort_keys=True)
     metadata = {"retention_jax": text, "sha256": _checksum(text, arrays)}
-    files.write_atomically(path, lambda file: save_file(arrays, file, metadata))
+    try:
+        files.write_atomically(path, lambda file: save_file(arrays, file, metadata))
+    except SafetensorError as error:  # a full disk is one too
+        raise OSError(f"{path}: {error}") from error
 
 
 class Found(NamedTuple):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from retention_jax.cache import append, empty, evict_full, queries_wanted, take_in
+from retention_jax.cache import append, empty, evict_first_full, evict_full, queries_wanted, take_in
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
 from retention_jax.models import decoder
@@ -146,13 +146,14 @@ def decode(model: Decoder, next_tokens: Int[AnyArray, " B"], buffer: Buffer) -> 
     return logits, evict_if_full(buffer)
 
 
-def evict_if_full(buffer: Buffer) -> Buffer:
+def evict_if_full(buffer: Buffer, *, row_by_row: bool = False) -> Buffer:
     """Evicts in the rows whose recent tokens fill their place.
 
-    It is a loop of one turn or none, since a conditional would copy the pool where nothing is evicted.
+    It is a loop of one turn or none, since a conditional would copy the pool where nothing is evicted. `row_by_row` it
+    has a turn for each such row: the same evictions, cheaper where rows fill up at different times.
     """
     with jax.named_scope("evict"):  # for profiles, and for the test that nothing else writes a pool
-        return jax.lax.while_loop(is_full, evict_full, buffer)
+        return jax.lax.while_loop(is_full, evict_first_full if row_by_row else evict_full, buffer)
 
 
 def is_full(buffer: Buffer) -> Bool[Array, ""]:

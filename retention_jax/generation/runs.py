@@ -18,7 +18,7 @@ from retention_jax.cache import full_nbytes
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
 from retention_jax.generation import decoding, sampling
-from retention_jax.generation.sampling import Numbers, Sampling
+from retention_jax.generation.sampling import LogProbs, Numbers, Sampling
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.inputs import padded
 from retention_jax.parallel import sharding
@@ -106,7 +106,7 @@ def generate(
     logits, held = jax.block_until_ready(decoding.prefill(model, tokens, cache, lengths=lengths, buffer=buffer))
     prefilled = time.perf_counter()
     new, run = [[] for _ in prompts], _STREAMED if on_tokens else _AT_ONCE
-    newest, done, step = _first_tokens(logits, how, limits)
+    newest, done, step = first_tokens(logits, how, limits)
     state = DecodeState(newest, done, step, held)
     fresh, count = state.newest[:, None], state.step
     while True:
@@ -116,7 +116,7 @@ def generate(
         _check_finite(new)
         if (on_tokens and on_tokens(pieces)) or sharding.on_host(state.done).all():
             break
-        state, fresh, count = decode_run(model, state, how, limits, run)
+        state, fresh, count, _ = decode_run(model, state, how, limits, run)
     stats = _stats(model, lengths, new, state.buffer, prefilled - started, time.perf_counter() - prefilled)
     return Output(new, stats, state.buffer)
 
@@ -180,7 +180,7 @@ def _stats(
 
 
 @jax.jit
-def _first_tokens(
+def first_tokens(
     logits: Float[Array, "B V"], how: Sampling, limits: Limits
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"], Int[Array, " B"]]:
     """All of a `DecodeState` but its buffer: each row's token that follows its prompt."""
@@ -200,12 +200,20 @@ class _Run(NamedTuple):
     state: DecodeState
     turn: Int[Array, ""]  # tokens of a row that has not ended in this run
     tokens: Int[Array, "B run"]
+    log_probs: LogProbs | None  # [B, run]; None: not asked for
 
 
-@functools.partial(jax.jit, static_argnames="run", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("run", "row_by_row"), donate_argnames="state")
 def decode_run(
-    model: Decoder, state: DecodeState, how: Sampling, limits: Limits, run: int
-) -> tuple[DecodeState, Int[Array, "B run"], Int[Array, " B"]]:
+    model: Decoder,
+    state: DecodeState,
+    how: Sampling,
+    limits: Limits,
+    run: int,
+    *,
+    wanted: Bool[Array, " B"] | None = None,
+    row_by_row: bool = False,
+) -> tuple[DecodeState, Int[Array, "B run"], Int[Array, " B"], LogProbs]:
     """Makes up to `run` tokens a row. Between two evictions the pool is only read, so it is never copied.
 
     Args:
@@ -214,11 +222,15 @@ def decode_run(
       how: how each row's tokens are chosen.
       limits: when each row ends.
       run: at most so many tokens a row. Less once all rows have ended.
+      wanted: rows whose tokens' log-probabilities are asked for; without it the program cannot tell any.
+      row_by_row: as in `decoding.evict_if_full`.
 
     Returns:
-      The state afterwards, each row's new tokens, and how many of them are real.
+      The state afterwards, each row's new tokens, how many of them are real, and their log-probabilities, [B, run]:
+      zeros in steps where no row wants them, and of no tokens, [B, 0], without `wanted`.
     """
-    start = state.step
+    start, rows = state.step, state.newest.shape[0]
+    none = lambda *run: sampling.no_log_probs((rows, *run), model.config.vocab_size)
 
     def one_token(s: _Run) -> _Run:
         active = ~s.state.done
@@ -227,7 +239,12 @@ def decode_run(
         step = s.state.step + active
         newest = jnp.where(active, token, s.state.newest)
         state = DecodeState(newest, s.state.done | _ends(token, step, limits), step, buffer)
-        return _Run(state, s.turn + 1, jax.lax.dynamic_update_index_in_dim(s.tokens, token, s.turn, axis=1))
+        put = lambda all_turns, one: jax.lax.dynamic_update_index_in_dim(all_turns, one, s.turn, axis=1)
+        log_probs = s.log_probs
+        if wanted is not None:
+            found = jax.lax.cond(jnp.any(wanted & active), sampling.log_probs, lambda *_: none(), logits, token)
+            log_probs = jax.tree.map(put, log_probs, found)
+        return _Run(state, s.turn + 1, put(s.tokens, token), log_probs)
 
     def goes_on(s: _Run) -> Bool[Array, ""]:
         return ~jnp.all(s.state.done) & (s.turn < run)
@@ -235,12 +252,14 @@ def decode_run(
     def until_eviction(s: _Run) -> _Run:
         with jax.named_scope("tokens"):
             s = jax.lax.while_loop(lambda s: goes_on(s) & ~decoding.is_full(s.state.buffer), one_token, s)
-        return s._replace(state=s.state._replace(buffer=decoding.evict_if_full(s.state.buffer)))
+        held = decoding.evict_if_full(s.state.buffer, row_by_row=row_by_row)
+        return s._replace(state=s.state._replace(buffer=held))
 
-    first = _Run(state, jnp.int32(0), jnp.zeros((state.newest.shape[0], run), jnp.int32))
+    told = None if wanted is None else none(run)
+    first = _Run(state, jnp.int32(0), jnp.zeros((rows, run), jnp.int32), told)
     with jax.named_scope("run"):
         end = jax.lax.while_loop(goes_on, until_eviction, first)
-    return end.state, end.tokens, end.state.step - start
+    return end.state, end.tokens, end.state.step - start, none(0) if end.log_probs is None else end.log_probs
 
 
 def lower_run(model: Decoder, buffer: Buffer, run: int) -> jax.stages.Lowered:

@@ -90,12 +90,13 @@ def settings(
     floats = {name: jnp.asarray(values[name], jnp.float32) for name in ("temperature", "top_p", "min_p")}
     # `jax.random.key` of a number that 32 bits do not hold takes its lowest 32.
     seeds = np.asarray(values["seed"], np.int64).astype(np.int32)
-    keys = _keys(jnp.asarray(seeds), jnp.asarray(values["row_ids"], jnp.int32))
+    keys = row_keys(jnp.asarray(seeds), jnp.asarray(values["row_ids"], jnp.int32))
     return Sampling(top_k=jnp.asarray(values["top_k"], jnp.int32), key=keys, **floats)
 
 
 @jax.jit
-def _keys(seed: Int[Array, " B"], row_id: Int[Array, " B"]) -> Key[Array, " B"]:
+def row_keys(seed: Int[Array, " B"], row_id: Int[Array, " B"]) -> Key[Array, " B"]:
+    """What each row's draws depend on."""
     return jax.vmap(lambda seed, row_id: jax.random.fold_in(jax.random.key(seed), row_id))(seed, row_id)
 
 
@@ -147,3 +148,28 @@ def sample(logits: Float[Array, "B V"], step: Int[Array, " B"], sampling: Sampli
 
     token = jax.lax.cond(jnp.any(_draws(sampling)), draw, lambda _, greedy: greedy, logits, greedy)
     return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), token, NOT_FINITE)
+
+
+class LogProbs(NamedTuple):
+    """Natural logarithms of probabilities under the model's own distribution: no temperature, nothing cut."""
+
+    chosen: Float[Array, "*axes"]  # of the tokens that came next
+    tokens: Int[Array, "*axes likeliest"]  # the likeliest ones, likeliest first
+    likeliest: Float[Array, "*axes likeliest"]  # theirs
+
+
+MOST_LIKELIEST = 20
+
+
+def log_probs(logits: Float[Array, "n V"], token: Int[Array, " n"]) -> LogProbs:
+    """Of each row's `token`, and of its `MOST_LIKELIEST` likeliest ones."""
+    every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    chosen = jnp.take_along_axis(every, jnp.maximum(token, 0)[:, None], axis=-1)[:, 0]
+    likeliest, tokens = jax.lax.top_k(every, min(MOST_LIKELIEST, every.shape[-1]))
+    return LogProbs(chosen, tokens, likeliest)
+
+
+def no_log_probs(axes: tuple[int, ...], vocabulary: int) -> LogProbs:
+    """Zeros, in the shapes of `log_probs` of a vocabulary of so many tokens."""
+    likeliest = (*axes, min(MOST_LIKELIEST, vocabulary))
+    return LogProbs(jnp.zeros(axes, jnp.float32), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest, jnp.float32))

@@ -1,0 +1,1 @@
+"""Many requests at once over rows of constant size: the engine, and the conversations it parks."""
