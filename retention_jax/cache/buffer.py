@@ -33,6 +33,7 @@ from retention_jax.config import CacheConfig, ModelConfig
 from retention_jax.kernels import ops, slot_shards
 from retention_jax.kernels.partial_softmax import Partial
 from retention_jax.parallel import sharding
+from retention_jax.runtime.arrays import AnyArray
 
 jax.tree_util.register_static(CacheConfig)
 
@@ -86,7 +87,7 @@ class Buffer(NamedTuple):
         return self.offset.shape[1] // (L * K + 1)
 
     @property
-    def live(self) -> Int[Array, " B"]:
+    def live(self) -> Int[AnyArray, " B"]:
         """Live entries of each row, pool and recent tokens together."""
         L, K = self.recent.pos.shape[1:3]
         in_pool = self.offset[:, L * K :: L * K + 1].sum(axis=1, dtype=jnp.int32)

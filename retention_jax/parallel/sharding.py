@@ -273,7 +273,9 @@ def _name_in(path: tuple[Any, ...], table: dict[str, P]) -> str:
     return next((name for name in reversed(names) if name in table), "")
 
 
-def on_host(array: jax.Array) -> np.ndarray:
+def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """All of an array, of whose parts every process may hold some; every process must call it."""
+    if isinstance(array, np.ndarray):
+        return array
     here = array.is_fully_addressable or array.is_fully_replicated
     return np.asarray(array if here else multihost_utils.process_allgather(array, tiled=True))
