@@ -1,6 +1,7 @@
 """The engine: what a request is answered is what it would be answered alone, whoever else is there."""
 
-import queue
+import gc
+import pathlib
 import threading
 import time
 from typing import Any
@@ -9,62 +10,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import tiny_model, tokens_of
+from helpers import tiny_model
+from serving_helpers import CACHE, HEADS, Client, alone, request_of, settled
 
 import retention_jax as rj
 from retention_jax.serving import programs
-from retention_jax.serving.engine import Draining, Engine, EngineStats, QueueFull
+from retention_jax.serving.engine import Draining, Engine, QueueFull
 from retention_jax.serving.requests import Piece, Request
-
-CACHE = rj.CacheConfig(budget=4, recent=6, prefill_chunk=8)
-HEADS = 4
-
-
-class Client:
-    """Collects the pieces of an answer."""
-
-    def __init__(self, engine: Engine, request: Request) -> None:
-        self.request, self.pieces, self._queue = request, [], queue.Queue()
-        self.ticket = engine.submit(request, self._queue.put)
-
-    def next(self) -> Piece:
-        self.pieces.append(self._queue.get(timeout=60))
-        return self.pieces[-1]
-
-    def all(self) -> "Client":
-        while not self.next().finish:
-            pass
-        assert self._queue.empty()
-        return self
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for piece in self.pieces for token in piece.tokens]
-
-    @property
-    def last(self) -> Piece:
-        return self.pieces[-1]
-
-
-def request_of(number: int, length: int, new: int, **how: Any) -> Request:
-    return Request(tuple(tokens_of(number, length).tolist()), new, **how)
-
-
-def alone(model, request: Request, buffer=None) -> list[int]:
-    how = {name: getattr(request, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
-    prompts, ids = [request.prompt], [request.row_id]
-    stops, new = request.stop_tokens, request.max_new_tokens
-    out = rj.generate(model, prompts, CACHE, max_new_tokens=new, stop_tokens=stops, row_ids=ids, buffer=buffer, **how)
-    return out.tokens[0]
-
-
-def settled(engine: Engine) -> EngineStats:
-    """Once every row is free."""
-    by = time.monotonic() + 60
-    while (stats := engine.stats()).rows_in_use or stats.queued:
-        assert time.monotonic() < by
-        time.sleep(0.01)
-    return stats
+from retention_jax.serving.sessions import Sessions
 
 
 @pytest.fixture(scope="module")
@@ -287,3 +240,62 @@ def test_what_cannot_be_served_is_refused_with_all_reasons(model):
 def test_widths():
     assert programs.widths(1024) == [32, 64, 128, 256, 512, 1024]
     assert programs.widths(100) == [25, 50, 100] and programs.widths(5) == [5]
+
+
+@pytest.mark.slow  # 200 requests of mixed length at random times, twice, and each by itself
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_two_hundred_requests_at_random_times(dtype):
+    """Tokens are those of `generate` by itself, and log-probabilities bitwise those of an engine without company."""
+    model, rng = tiny_model(dtype=dtype), np.random.default_rng(0)
+    asked = []
+    for number in range(200):
+        how: dict[str, Any] = {"top_logprobs": 2 if number % 5 == 0 else -1}
+        if rng.random() < 0.5:
+            how |= dict(temperature=float(rng.uniform(0.2, 2)), seed=int(rng.integers(-(2**63), 2**63 - 1)))
+            how |= dict(top_k=int(rng.integers(0, 9)), top_p=float(rng.uniform(0.5, 1)), row_id=int(rng.integers(5)))
+        if rng.random() < 0.3:
+            how |= dict(stop_tokens=tuple(rng.integers(0, 32, 2).tolist()))
+        asked.append(request_of(number, int(rng.integers(1, 70)), int(rng.integers(1, 40)), **how))
+    engine = Engine(model, CACHE, rows=5, queue=200, sessions=None, run=4)
+    engine.start()
+    apart = [_joined(Client(engine, request).all()) for request in asked]
+    unwanted, clients = [], {}
+    for place in rng.permutation(200).tolist():
+        clients[place] = Client(engine, asked[place])
+        time.sleep(float(rng.exponential(0.01)))
+        if rng.random() < 0.2:
+            unwanted.append(Client(engine, request_of(place, int(rng.integers(1, 70)), 10**6)))
+        if unwanted and rng.random() < 0.3:
+            engine.cancel(unwanted.pop().ticket)
+    for client in unwanted:
+        engine.cancel(client.ticket)
+    together = [_joined(clients[place].all()) for place in range(200)]
+    assert together == apart
+    if dtype == "float32":  # bfloat16 rounds so coarsely that another shape is another rounding
+        assert [tokens for tokens, *_ in apart] == [alone(model, request) for request in asked]
+    engine.drain(5.0)
+
+
+@pytest.mark.slow  # thousands of requests
+def test_nothing_grows_over_thousands_of_requests(model, tmp_path):
+    sessions = Sessions(model, CACHE, host_bytes=10**5, folder=tmp_path, disk_bytes=10**6)
+    engine = Engine(model, CACHE, rows=4, queue=64, sessions=sessions, run=8)
+    engine.start()
+
+    def serve(count: int, start: int) -> tuple[int, int, int]:
+        for at in range(start, start + count, 50):
+            for client in [Client(engine, request_of(at + i, 5 + (at + i) % 40, 9)) for i in range(50)]:
+                client.all()
+        settled(engine)
+        sessions._worker.submit(lambda: None).result()  # snapshots on their way to disk have arrived
+        gc.collect()
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        return len(jax.live_arrays()), threading.active_count(), pages * 4096
+
+    arrays, threads, before = serve(200, 0)
+    *same, after = serve(1800, 200)
+    assert same == [arrays, threads] and after - before < 16 * 2**20
+    stats = engine.stats().snapshots
+    assert stats is not None and stats.host_bytes <= 10**5 and stats.disk_bytes <= 10**6 and stats.disk_count > 10
+    assert len(list(tmp_path.iterdir())) == stats.disk_count + 1
+    engine.drain(30.0)

@@ -38,7 +38,7 @@ from retention_jax.runtime import files
 
 _MOST_MOVING = 4  # snapshots on their way to files, beside the host's limit; more are forgotten
 _MOST_REMEMBERED = 16384  # beginnings of prompts, to see which are shared
-_NAME = re.compile(r"(?P<fingerprint>[0-9a-f]{16})-(?P<length>\d+)-[0-9a-f]{64}\.safetensors")
+_NAME = re.compile(r"[0-9a-f]{16}-\d+-[0-9a-f]{64}\.safetensors")  # fingerprint, tokens read, their hash
 
 
 class Held(NamedTuple):
@@ -46,10 +46,6 @@ class Held(NamedTuple):
 
     length: int  # tokens read
     buffer: Buffer  # of NumPy arrays, batch 1
-
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in jax.tree.leaves(self.buffer))
 
 
 class SessionStats(NamedTuple):
@@ -97,6 +93,7 @@ class Sessions:
         self._fingerprint = checksum.of(model, f"{snapshot.FORMAT} {model.config} {model.gate_config} {cache}")
         with sharding.enter_mesh_of(model):
             self._wanted = shapes(model.config, cache, 1)
+        self._nbytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self._wanted))  # of every snapshot
         self._host_limit, self._disk_limit = host_bytes, disk_bytes
         self._lock = threading.Lock()
         self._host: OrderedDict[str, Held] = OrderedDict()  # by the names of their files; least recently used first
@@ -140,8 +137,7 @@ class Sessions:
     def _longest(self, tokens: Sequence[int]) -> str | None:
         """The name of the snapshot to take up; to be called under the lock."""
         there = self._host.keys() | self._moving.keys() | self._disk.keys()
-        parsed = filter(None, map(_NAME.fullmatch, there))
-        lengths = {int(name["length"]) for name in parsed if name["fingerprint"] == self._fingerprint}
+        lengths = {int(name.split("-")[1]) for name in there if name.startswith(self._fingerprint)}
         found = self._names(tokens, [length for length in lengths if length < len(tokens)])
         return next((name for name in reversed(found) if name in there), None)
 
@@ -183,7 +179,7 @@ class Sessions:
             return SessionStats(
                 **self._counts,
                 host_count=len(self._host),
-                host_bytes=sum(held.nbytes for held in self._host.values()),
+                host_bytes=len(self._host) * self._nbytes,
                 disk_count=sum(name.startswith(self._fingerprint) for name in self._disk),
                 disk_bytes=sum(self._disk.values()),
             )
@@ -201,10 +197,8 @@ class Sessions:
 
     def _trim_host(self) -> None:
         """To be called under the lock."""
-        total = sum(held.nbytes for held in self._host.values())
-        while total > self._host_limit:
+        while len(self._host) * self._nbytes > self._host_limit:
             name, held = self._host.popitem(last=False)
-            total -= held.nbytes
             if name in self._disk or name in self._moving:
                 continue
             if self._folder is None or len(self._moving) >= _MOST_MOVING:
@@ -220,7 +214,7 @@ class Sessions:
         if held is None:
             return  # it moved twice, and is there
         try:
-            if name not in self._disk and held.nbytes <= self._disk_limit:
+            if name not in self._disk and self._nbytes <= self._disk_limit:
                 snapshot.write(path, held.buffer, {"name": name})
             size = path.stat().st_size if path.exists() else None
         except OSError as error:  # no space: what is served does not depend on it
