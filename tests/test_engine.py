@@ -14,6 +14,8 @@ from helpers import tiny_model
 from serving_helpers import CACHE, HEADS, Client, alone, request_of, settled
 
 import retention_jax as rj
+from retention_jax.models import weights
+from retention_jax.parallel import sharding
 from retention_jax.serving import programs
 from retention_jax.serving.engine import Draining, Engine, QueueFull
 from retention_jax.serving.requests import Piece, Request
@@ -299,3 +301,27 @@ def test_nothing_grows_over_thousands_of_requests(model, tmp_path):
     assert stats is not None and stats.host_bytes <= 10**5 and stats.disk_bytes <= 10**6 and stats.disk_count > 10
     assert len(list(tmp_path.iterdir())) == stats.disk_count + 1
     engine.drain(30.0)
+
+
+@pytest.mark.slow  # a model and its rows on a mesh
+def test_rows_on_a_mesh_are_served_as_on_one_device(model, tmp_path):
+    weights.save_backbone(model, tmp_path / "model")
+    rj.save_gates(model, tmp_path / "gates")
+    load = lambda **sizes: rj.load(
+        tmp_path / "model", gates=tmp_path / "gates", dtype="float32", mesh=sharding.make_mesh(**sizes)
+    )
+    with pytest.raises(ValueError, match=r"mesh data \* fsdp must be 1, got 2"):
+        Engine(load(data=2), CACHE, rows=2, queue=1, sessions=None)
+    spread = load(context=2, tensor=2)
+    with jax.set_mesh(sharding.make_mesh(context=2, tensor=2)):
+        want = [alone(spread, request) for request in MIXED]
+    sessions = Sessions(spread, CACHE, host_bytes=0, folder=tmp_path / "parked", disk_bytes=10**6)
+    engine = Engine(spread, CACHE, rows=3, queue=16, sessions=sessions, run=4)
+    engine.start()
+    clients = [client.all() for client in [Client(engine, request) for request in MIXED]]
+    assert [client.tokens for client in clients] == want
+    sessions._worker.submit(lambda: None).result()
+    again = Client(engine, MIXED[0]).all()  # its last whole chunk comes from disk
+    assert again.tokens == want[0] and again.last.usage is not None and again.last.usage.cached_tokens == 16
+    assert sessions.stats().hits_disk >= 1
+    engine.drain(10.0)

@@ -146,6 +146,27 @@ def test_a_run_takes_up_where_another_left_off(model):
         np.testing.assert_array_equal(a, b)
 
 
+def test_log_probabilities_are_told_where_a_row_wants_them(model):
+    """And rows that fill up evict one by one as they do together."""
+    state, how, limits = started(model)
+    limits = limits._replace(max_new_tokens=jnp.array([100, 7]))
+    without = runs.decode_run(model, state, how, limits, 9)
+    assert [a.shape for a in without[3]] == [(2, 0), (2, 0, 20), (2, 0, 20)]
+    for wanted in ([False, True], [False, False]):
+        state, how, _ = started(model)
+        found = runs.decode_run(model, state, how, limits, 9, wanted=jnp.array(wanted), row_by_row=True)
+        for a, b in zip(jax.tree.leaves(found[:3]), jax.tree.leaves(without[:3]), strict=True):
+            np.testing.assert_array_equal(a, b)
+        told = jax.tree.map(np.asarray, found[3])
+        asked = np.arange(9) < (6 if any(wanted) else 0)  # the second row's seventh token came before this run
+        assert (told.chosen != 0).tolist() == [asked.tolist()] * 2
+        greedy = told.tokens[1, asked, 0]
+        assert greedy.tolist() == np.asarray(found[1])[1, asked].tolist()
+        assert (told.chosen[1, asked] == told.likeliest[1, asked, 0]).all()
+        assert (np.diff(told.likeliest, axis=-1) <= 0).all()
+        assert np.exp(told.likeliest[:, asked]).sum(-1).max(initial=0) <= 1
+
+
 def test_a_row_that_ended_can_go_on_beside_the_others(model):
     """Steps and limits belong to rows: a row that pauses makes the tokens that it makes without a pause."""
     state, how, limits = started(model)
