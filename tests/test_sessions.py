@@ -13,6 +13,7 @@ from serving_helpers import CACHE, Client, alone, request_of
 
 import retention_jax as rj
 from retention_jax.cache import empty, snapshot
+from retention_jax.config import RopeScaling
 from retention_jax.serving.engine import Engine
 from retention_jax.serving.sessions import Sessions
 
@@ -57,7 +58,7 @@ def found(sessions, *tokens: int) -> int:
 
 
 def keep(sessions, blank, *tokens: int) -> None:
-    sessions.keep(tokens, row(blank, sum(tokens)))
+    sessions.keep_answer(tokens, row(blank, sum(tokens)))
 
 
 def cached(client: Client) -> int:
@@ -135,7 +136,7 @@ def test_nothing_of_another_model_or_configuration_is_taken_up(make, model, blan
     sessions = Sessions(weights, CACHE, host_bytes=10**6, folder=tmp_path, disk_bytes=10**6)
     assert sessions.find((1, 2, 3)).result() is None
     # Not even under its name.
-    theirs = sessions._names((1, 2), [2])[0]
+    theirs = sessions._names((1, 2), [2], b"answer")[0]
     (tmp_path / names[0]).rename(tmp_path / theirs)
     sessions.close()
     sessions = Sessions(weights, CACHE, host_bytes=10**6, folder=tmp_path, disk_bytes=10**6)
@@ -178,6 +179,19 @@ def test_where_prompts_part_a_snapshot_is_worth_it(make):
     assert sessions.worth_keeping(system[:8], 0, chunk) == set()
     assert sessions.worth_keeping(system[:9], 0, chunk) == {8}
     assert sessions.worth_keeping(system, 3, chunk) == {19 - 8 + 8} - {19} | {19}
+
+
+def test_longrope_turns_long_prompts_otherwise(blank):
+    """What a short prompt has read is nothing to a long one, but an answer is continued all the same."""
+    scaling = RopeScaling("longrope", original_length=4, short_factor=(1.0,) * 4, long_factor=(2.0,) * 4)
+    sessions = Sessions(tiny_model(rope_scaling=scaling), CACHE, host_bytes=10**6)
+    sessions.keep_prompt((1, 2, 3, 4), 2, row(blank, 3))
+    assert found(sessions, 1, 2, 3, 4) == 2 and found(sessions, 1, 2, 3, 4, 5) == 0
+    sessions.keep_prompt((1, 2, 3, 4, 5), 2, row(blank, 3))
+    sessions.keep_answer((1,), row(blank, 1))
+    assert found(sessions, 1, 2, 3, 4) == found(sessions, 1, 2, 3, 4, 5) == 2
+    assert found(sessions, 1, 3, 3) == found(sessions, 1, 3, 3, 4, 5) == 1
+    sessions.close()
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +277,7 @@ blank = jax.tree.map(np.asarray, empty(model.config, CACHE, 1))
 sessions = Sessions(model, CACHE, host_bytes=0, folder=pathlib.Path(sys.argv[1]), disk_bytes=10**6)
 print("ready", flush=True)
 for number in range(10**6):
-    sessions.keep([number % 30, 7], row(blank, number % 30))
+    sessions.keep_answer([number % 30, 7], row(blank, number % 30))
     while sessions._moving:
         pass
 """

@@ -140,8 +140,9 @@ class Engine:
         with sharding.enter_mesh_of(self._model):
             self._rows.warm_up()
         with self._lock:
-            self._state = "serving"
-        self._thread.start()
+            if self._state == "new":  # it may have been drained meanwhile
+                self._state = "serving"
+                self._thread.start()
 
     @property
     def ready(self) -> bool:
@@ -239,8 +240,12 @@ class Engine:
             if self._state == "draining" and time.monotonic() > self._drained_by:
                 return False
         self._end_what_is_over()
-        self._admit()
-        if self._reading is not None:
+        share = self._rows.chunk  # a whole chunk, or up to four short prompts
+        while share > 0:
+            self._admit()
+            if self._reading is None:
+                break
+            share -= max(len(self._reading.ticket.request.prompt) - self._reading.at, -(-self._rows.chunk // 4))
             self._reading = self._read_on(self._reading)
         if not self._rows.idle:
             made = self._rows.decode()
@@ -319,7 +324,7 @@ class Engine:
             known = part.count - (part.at == len(request.prompt))  # of the last token's next one nothing is asked
             ticket.prompt += requests.listed(jax.device_get(part.log_probs), known, request.top_logprobs)
         if self._sessions is not None and part.at in reading.keep_at:
-            self._sessions.keep(request.prompt[: part.at], self._rows.on_host(part.buffer))
+            self._sessions.keep_prompt(request.prompt, part.at, self._rows.on_host(part.buffer))
         if part.at < len(request.prompt):
             return reading._replace(at=part.at, buffer=part.buffer)
         made = self._rows.begin(part, request)
@@ -355,7 +360,7 @@ class Engine:
         if finish != "error" and (keep or request.show_kept):
             one = take()
             if self._sessions is not None and keep:
-                self._sessions.keep([*request.prompt, *ticket.new[:-1]], one)
+                self._sessions.keep_answer([*request.prompt, *ticket.new[:-1]], one)
             piece = piece._replace(kept=requests.kept_of(one) if request.show_kept else None)
         self._end(ticket, finish, piece)
         return True

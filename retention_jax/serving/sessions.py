@@ -5,8 +5,9 @@ is the tokens it has read, under a fingerprint of model, gates and cache configu
 one whose tokens are a whole prefix of its prompt. Never a part of one: what was evicted cannot come back.
 
 Two kinds are kept. One is made while a prompt is read, at the end of a whole chunk. Whoever takes it up goes on with
-whole chunks, and so reads the rest exactly as if it had read everything. The other is made where an answer ends, and
-continues a conversation, as `generate` does with `buffer`.
+whole chunks, and so reads the rest exactly as if it had read everything. (Longrope turns long prompts otherwise than
+short ones: they do not share.) The other is made where an answer ends, and continues a conversation, as `generate` does
+with `buffer`.
 
 Snapshots lie in host memory. The least recently used move on to files, and from there out. Both places have a limit in
 bytes. Files are written and read in a thread of their own. A file is whole or not there, and its bytes are checked
@@ -15,13 +16,14 @@ before it is used.
 
 import contextlib
 import hashlib
+import math
 import os
 import pathlib
 import re
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -38,6 +40,7 @@ from retention_jax.runtime import files
 
 _MOST_MOVING = 4  # snapshots on their way to files, beside the host's limit; more are forgotten
 _MOST_REMEMBERED = 16384  # beginnings of prompts, to see which are shared
+_ANSWER, _PROMPT, _LONG = b"answer", b"prompt", b"long prompt"  # where in its request a snapshot was made
 _NAME = re.compile(r"[0-9a-f]{16}-\d+-[0-9a-f]{64}\.safetensors")  # fingerprint, tokens read, their hash
 
 
@@ -94,6 +97,8 @@ class Sessions:
         with sharding.enter_mesh_of(model):
             self._wanted = shapes(model.config, cache, 1)
         self._nbytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self._wanted))  # of every snapshot
+        scaling = model.config.rope_scaling
+        self._long = scaling.original_length if scaling and scaling.kind == "longrope" else math.inf
         self._host_limit, self._disk_limit = host_bytes, disk_bytes
         self._lock = threading.Lock()
         self._host: OrderedDict[str, Held] = OrderedDict()  # by the names of their files; least recently used first
@@ -138,21 +143,30 @@ class Sessions:
         """The name of the snapshot to take up; to be called under the lock."""
         there = self._host.keys() | self._moving.keys() | self._disk.keys()
         lengths = {int(name.split("-")[1]) for name in there if name.startswith(self._fingerprint)}
-        found = self._names(tokens, [length for length in lengths if length < len(tokens)])
-        return next((name for name in reversed(found) if name in there), None)
+        shorter = sorted(length for length in lengths if length < len(tokens))
+        kinds = [self._names(tokens, shorter, kind) for kind in (_ANSWER, self._kind_of(tokens))]
+        return next((name for pair in reversed(list(zip(*kinds, strict=True))) for name in pair if name in there), None)
 
-    def _names(self, tokens: Sequence[int], lengths: Iterable[int]) -> list[str]:
-        """Names of the snapshots of the first tokens, shortest first."""
-        ordered = sorted(set(lengths))
-        digests = _digests(tokens, ordered)
-        pairs = zip(ordered, digests, strict=True)
+    def _names(self, tokens: Sequence[int], lengths: Sequence[int], kind: bytes) -> list[str]:
+        """Names of snapshots of the first tokens, for ascending numbers of them."""
+        pairs = zip(lengths, _digests(kind, tokens, lengths), strict=True)
         return [f"{self._fingerprint}-{length}-{digest.hex()}.safetensors" for length, digest in pairs]
 
-    def keep(self, tokens: Sequence[int], buffer: Buffer) -> None:
-        """Holds a row that has read these tokens, in NumPy arrays, as the most recently used."""
-        [name] = self._names(tokens, [len(tokens)])
+    def _kind_of(self, prompt: Sequence[int]) -> bytes:
+        return _LONG if len(prompt) > self._long else _PROMPT
+
+    def keep_answer(self, tokens: Sequence[int], buffer: Buffer) -> None:
+        """Holds a row, in NumPy arrays, that has read a prompt and the answer to it: these tokens."""
+        self._keep(tokens, len(tokens), _ANSWER, buffer)
+
+    def keep_prompt(self, prompt: Sequence[int], length: int, buffer: Buffer) -> None:
+        """Holds a row, in NumPy arrays, that has read so many tokens of a prompt, in whole chunks."""
+        self._keep(prompt, length, self._kind_of(prompt), buffer)
+
+    def _keep(self, tokens: Sequence[int], length: int, kind: bytes, buffer: Buffer) -> None:
+        [name] = self._names(tokens, [length], kind)
         with self._lock:
-            self._host[name] = Held(len(tokens), buffer)
+            self._host[name] = Held(length, buffer)
             self._host.move_to_end(name)
             self._trim_host()
 
@@ -166,7 +180,7 @@ class Sessions:
         ends = [start + chunk * (i + 1) for i in range(whole)]
         shared = 0
         with self._lock:
-            for end, digest in zip(ends, _digests(tokens, ends), strict=True):
+            for end, digest in zip(ends, _digests(self._kind_of(tokens), tokens, ends), strict=True):
                 shared = end if digest in self._remembered else shared
                 self._remembered[digest] = None
                 self._remembered.move_to_end(digest)
@@ -269,9 +283,9 @@ class Sessions:
             return held
 
 
-def _digests(tokens: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+def _digests(kind: bytes, tokens: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
     """Of the first tokens, for ascending numbers of them."""
-    data, so_far, done, found = np.asarray(tokens, np.int32), hashlib.sha256(), 0, []
+    data, so_far, done, found = np.asarray(tokens, np.int32), hashlib.sha256(kind + b":"), 0, []
     for length in lengths:
         so_far.update(data[done:length].tobytes())
         done = length
