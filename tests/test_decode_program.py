@@ -15,6 +15,7 @@ from helpers import environment_for_tpu_compiler, tiny_config, tiny_model, token
 import retention_jax as rj
 from retention_jax.config import CacheConfig
 from retention_jax.generation import decoding, runs
+from retention_jax.serving import programs
 
 BUDGET = 2048
 MODEL = tiny_config(qk_norm=True)
@@ -53,6 +54,18 @@ def test_a_run_writes_a_pool_only_when_it_evicts(shapes):
     assert large_writes(compiled, pool.pos.size, inside="tokens") == []
     assert large_writes(compiled, pool.k.size) == []
     assert large_writes(compiled, pool.k.size, evictions=True) != []
+
+
+@pytest.mark.slow  # compiles the engine's program, at the size of a run's
+def test_the_engines_run_writes_a_pool_only_where_a_row_evicts(shapes):
+    """In its loop over tokens nothing is written, though it tells log-probabilities; elsewhere rows go into pools."""
+    model, buffer = shapes[0], shapes[3]
+    settings, standing = programs.blank(2)
+    compiled = programs.decode.lower(model, buffer, standing, settings, run=8).compile()
+    assert large_writes(compiled, buffer.pool.pos.size // 2, inside="tokens") == []
+    assert large_writes(compiled, buffer.pool.k.size) == []
+    whole = large_writes(compiled, buffer.pool.k.size, evictions=True)
+    assert whole and all("update" in write for write in whole)  # in place
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from helpers import tiny_model
 from serving_helpers import CACHE, HEADS, Client, alone, request_of, settled
 
 import retention_jax as rj
+from retention_jax.evaluation import devices
 from retention_jax.models import weights
 from retention_jax.parallel import sharding
 from retention_jax.serving import programs
@@ -175,12 +176,19 @@ def test_what_is_kept_is_shown(model, engine):
     assert np.shape(kept.by_head) == (2, 2) and len(kept.by_token) == 19 + 5
 
 
-def test_nothing_is_compiled_once_requests_are_served(engine):
-    sizes = lambda: [f._cache_size() for f in (programs.read, programs.begin, programs.decode)]  # pyright: ignore
-    before = sizes()
-    for request in (*MIXED, MIXED[0]._replace(top_logprobs=3, prompt_logprobs=True)):
+def test_nothing_is_compiled_once_requests_are_served(model, tmp_path):
+    """With snapshots in memory and on disk, and log-probabilities."""
+    sessions = Sessions(model, CACHE, host_bytes=0, folder=tmp_path, disk_bytes=10**6)
+    engine = Engine(model, CACHE, rows=3, queue=16, sessions=sessions, run=4)
+    engine.start()
+    before = devices.compile_seconds()
+    told = MIXED[0]._replace(top_logprobs=3, prompt_logprobs=True, show_kept=True)
+    for request in (*MIXED, *MIXED, told):
         Client(engine, request).all()
-    assert sizes() == before
+        sessions._worker.submit(lambda: None).result()
+    assert sessions.stats().hits_disk > 3
+    assert devices.compile_seconds() == before
+    engine.drain(5.0)
 
 
 def test_logits_that_are_not_finite_end_their_request_only(model):
