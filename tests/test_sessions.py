@@ -197,7 +197,7 @@ def test_longrope_turns_long_prompts_otherwise(blank):
 @pytest.fixture(scope="module")
 def serve(model):
     def serve(sessions: Sessions | None) -> Engine:
-        engine = Engine(model, CACHE, rows=3, queue=64, sessions=sessions, run=4)
+        engine = Engine(model, CACHE, rows=3, queue=200, sessions=sessions, run=4)
         engine.start()
         return engine
 
@@ -300,3 +300,30 @@ def test_killed_at_random_moments_of_parking_nothing_is_half_taken(make, blank, 
             assert held is None or same(held.buffer, row(blank, number))
         assert sessions.stats().damaged == 0
         sessions.close()
+
+
+@pytest.mark.slow  # 150 requests, twice
+def test_in_any_company_a_shared_prefix_changes_no_bit(serve, make, tmp_path):
+    """Tokens and log-probabilities are those of an engine without snapshots, wherever the snapshots lie."""
+    rng = np.random.default_rng(0)
+    sessions = make(8, tmp_path, 20)
+    engine, without = serve(sessions), serve(None)
+    systems = [request_of(i, int(rng.integers(5, 50)), 1).prompt for i in range(4)]
+    clients = []
+    for number in range(150):
+        own = request_of(number, int(rng.integers(1, 20)), int(rng.integers(1, 20)), seed=number, top_logprobs=1)
+        system = systems[int(rng.integers(4))][: int(rng.integers(1, 99))]
+        request = own._replace(prompt=system + own.prompt, temperature=float(rng.integers(2)))
+        clients.append(Client(engine, request))
+        if rng.random() < 0.1:
+            engine.cancel(clients[-1].ticket)
+        time.sleep(float(rng.exponential(0.01)))
+    told = lambda client: (client.tokens, [p for piece in client.pieces for p in piece.logprobs])
+    whole = [client for client in clients if client.all().last.finish in ("stop", "length")]
+    assert len(whole) > 100
+    for client in whole:
+        assert told(client) == told(Client(without, client.request).all())
+    stats = sessions.stats()
+    assert min(stats.hits_host, stats.hits_disk, stats.misses, stats.dropped) > 3 and stats.damaged == 0
+    engine.drain(10.0)
+    without.drain(10.0)
