@@ -168,7 +168,8 @@ class Engine:
         with self._lock:
             if not self.ready:
                 raise Draining(f"the engine takes no requests: it is {self._state}")
-            if len(self._queue) >= self._queue_limit:
+            free = len(self._tickets) - self._in_use  # those who get such a row at once do not wait
+            if len(self._queue) >= self._queue_limit + free:
                 raise QueueFull(max(1.0, self._seconds * (len(self._queue) + 1) / len(self._tickets)))
             self._queue.append(ticket)
             self._lock.notify()
