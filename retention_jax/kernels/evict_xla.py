@@ -1,16 +1,19 @@
-"""Exact selection and packing of survivors in plain XLA: a threshold search, a prefix sum, a gather.
+"""Exact selection and packing of survivors in plain XLA: a threshold search, a prefix sum, gathers.
 
 Not a sort: 32 counting passes over one order-preserving integer per entry find the threshold, and the same survivors
-come out on every backend.
+come out on every backend. The pool is packed where it lies, part by part.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from retention_jax.kernels import slot_shards
+
+PARTS = 16  # of a pool, each packed by itself
 
 
 def slot_heads(offset: Int[Array, "B heads_and_1"], slots: int) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
@@ -113,10 +116,39 @@ def targets(
     return to_pool, to_window.reshape(B, -1), new_offset
 
 
+class Order(NamedTuple):
+    """How a pool is packed where it lies."""
+
+    source: Int[Array, "B S"]  # where each slot's next content comes from; -1: nothing
+    parts: Int[Array, "B parts"]  # the order in which parts of a row are written
+
+
+def part_size(slots: int) -> int:
+    """Slots that are packed at a time."""
+    return -(-slots // PARTS)
+
+
+def order_of_parts(to_pool: Int[Array, "B S"], size: int) -> Int[Array, "B parts"]:
+    """The order in which parts of `size` slots can be written so that none is overwritten that is still to be read.
+
+    Survivors keep their order. So all that comes to lie from a part's begin on comes from `first` on, and all that
+    comes to lie before it, from before `first`. Where `first` is before the begin, the part must be written before the
+    one in front of it, otherwise behind it. So runs of parts that move back are written from their end, one run after
+    the other.
+    """
+    parts = -(-to_pool.shape[1] // size)
+    index = jnp.arange(parts, dtype=jnp.int32)
+    begin = index * size
+    first = jax.vmap(lambda to: jnp.searchsorted(to, begin))(to_pool).astype(jnp.int32)
+    moves_back = (first < begin[None]) & (index > 0)[None]
+    run = jnp.cumsum(~moves_back, axis=1, dtype=jnp.int32)
+    return jnp.argsort(run * parts - index[None], axis=1).astype(jnp.int32)
+
+
 def pack_order(
     keep: Bool[Array, "B E"], head: Int[Array, "B E"], offset: Int[Array, "B heads_and_1"], window: int
-) -> tuple[Int[Array, "B S"], Int[Array, "B heads_and_1"]]:
-    """Where each pool slot's next content comes from (-1: nothing), and the new offsets.
+) -> tuple[Order, Int[Array, "B heads_and_1"]]:
+    """How `pack_rows` moves entries, and the new offsets.
 
     Entries are the S pool slots, ordered by head and position, then `window` tokens for each head, newer than any in
     the pool. Survivors are ordered by head and position again.
@@ -126,18 +158,31 @@ def pack_order(
     target = jnp.where(keep, jnp.concatenate([to_pool, to_window], axis=1), slots)
     source = jnp.arange(keep.shape[1], dtype=jnp.int32)
     scatter = lambda t: jnp.full(slots, -1, jnp.int32).at[t].set(source, mode="drop", unique_indices=False)
-    return jax.vmap(scatter)(target), new_offset
+    return Order(jax.vmap(scatter)(target), order_of_parts(to_pool, part_size(slots))), new_offset
 
 
 def pack_rows(
-    pool: Shaped[Array, "B S *H"], window: Shaped[Array, "B heads_window *H"], source: Int[Array, "B S"]
+    pool: Shaped[Array, "B S *H"], window: Shaped[Array, "B heads_window *H"], order: Order
 ) -> Shaped[Array, "B S *H"]:
-    """The pool after packing: slot s takes the row `source[s]` of pool and window joined, zeros where it is -1."""
-    slots = pool.shape[1]
-    pick = jax.vmap(lambda rows, index: rows.at[index].get(mode="clip"))
-    shape = source.shape + (1,) * (pool.ndim - 2)
-    # As integers: what rounds nothing may still turn one nan into another.
-    old, new = (jax.lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}") for a in (pool, window))
-    kept = jnp.where(source.reshape(shape) < slots, pick(old, source), pick(new, source - slots))
-    kept = jnp.where(source.reshape(shape) >= 0, kept, jnp.zeros((), kept.dtype))
-    return jax.lax.bitcast_convert_type(kept, pool.dtype)
+    """The pool after packing: slot s takes the row `source[s]` of pool and window joined, zeros where it is -1.
+
+    It is written part by part over the pool itself, so that next to it only one part is held.
+    """
+    slots, size, parts, dtype = pool.shape[1], part_size(pool.shape[1]), order.parts.shape[1], pool.dtype
+    # Integers from here on: what rounds nothing may still turn one nan into another, and CPUs widen a whole bfloat16
+    # array to write a part of it.
+    pool, window = (jax.lax.bitcast_convert_type(a, f"uint{8 * dtype.itemsize}") for a in (pool, window))
+
+    def write_part(i: Int[Array, ""], pool: Shaped[Array, "B S *H"]) -> Shaped[Array, "B S *H"]:
+        row, part = i // parts, order.parts[i // parts, i % parts]
+        start = jnp.minimum(part * size, slots - size)
+        slot = start + jnp.arange(size, dtype=jnp.int32)
+        # The last part may reach into the one before it, of which it leaves everything as it is.
+        source = jnp.where(slot < part * size, slot, jax.lax.dynamic_slice(order.source, (row, start), (1, size))[0])
+        pick = lambda rows, at: rows.at[row, at].get(mode="clip")
+        at = source.reshape(size, *(1,) * (pool.ndim - 2))
+        rows = jnp.where(at < slots, pick(pool, source), pick(window, source - slots))
+        rows = jnp.where(at >= 0, rows, jnp.zeros((), rows.dtype))
+        return jax.lax.dynamic_update_slice(pool, rows[None], (row, start) + (0,) * (pool.ndim - 2))
+
+    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, order.parts.size, write_part, pool), dtype)
