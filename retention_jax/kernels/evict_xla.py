@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from retention_jax.kernels import slot_shards
 
-PARTS = 16  # of a pool, each packed by itself
+PARTS = 16  # of a row's pool, each packed by itself
+LEAST = 512  # slots of a part: smaller ones take longer than they save
 
 
 def slot_heads(offset: Int[Array, "B heads_and_1"], slots: int) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
@@ -125,24 +126,22 @@ class Order(NamedTuple):
 
 def part_size(slots: int) -> int:
     """Slots that are packed at a time."""
-    return -(-slots // PARTS)
+    return min(slots, max(LEAST, -(-slots // PARTS)))
 
 
-def order_of_parts(to_pool: Int[Array, "B S"], size: int) -> Int[Array, "B parts"]:
+def order_of_parts(first: Int[Array, "B parts"], size: int) -> Int[Array, "B parts"]:
     """The order in which parts of `size` slots can be written so that none is overwritten that is still to be read.
 
-    Survivors keep their order. So all that comes to lie from a part's begin on comes from `first` on, and all that
-    comes to lie before it, from before `first`. Where `first` is before the begin, the part must be written before the
-    one in front of it, otherwise behind it. So runs of parts that move back are written from their end, one run after
-    the other.
+    Survivors keep their order. So what comes to lie from a part's begin on is now at slot `first` or behind it, and
+    what comes to lie before it is now before `first`. Where `first` is before the begin, the part must be written
+    before the one in front of it, otherwise it may be written behind it. So of parts that move back, each run of
+    neighbours is written from its end, and the runs one after the other.
     """
-    parts = -(-to_pool.shape[1] // size)
-    index = jnp.arange(parts, dtype=jnp.int32)
-    begin = index * size
-    first = jax.vmap(lambda to: jnp.searchsorted(to, begin))(to_pool).astype(jnp.int32)
-    moves_back = (first < begin[None]) & (index > 0)[None]
+    parts = first.shape[1]
+    index = jnp.arange(parts, dtype=jnp.int32)[None]
+    moves_back = (first < index * size) & (index > 0)
     run = jnp.cumsum(~moves_back, axis=1, dtype=jnp.int32)
-    return jnp.argsort(run * parts - index[None], axis=1).astype(jnp.int32)
+    return jnp.argsort(run * parts - index, axis=1).astype(jnp.int32)
 
 
 def pack_order(
@@ -158,7 +157,10 @@ def pack_order(
     target = jnp.where(keep, jnp.concatenate([to_pool, to_window], axis=1), slots)
     source = jnp.arange(keep.shape[1], dtype=jnp.int32)
     scatter = lambda t: jnp.full(slots, -1, jnp.int32).at[t].set(source, mode="drop", unique_indices=False)
-    return Order(jax.vmap(scatter)(target), order_of_parts(to_pool, part_size(slots))), new_offset
+    size = part_size(slots)
+    begin = jnp.arange(0, slots, size, dtype=jnp.int32)
+    first = jax.vmap(lambda to: jnp.searchsorted(to, begin))(to_pool).astype(jnp.int32)
+    return Order(jax.vmap(scatter)(target), order_of_parts(first, size)), new_offset
 
 
 def pack_rows(
@@ -169,9 +171,11 @@ def pack_rows(
     It is written part by part over the pool itself, so that next to it only one part is held.
     """
     slots, size, parts, dtype = pool.shape[1], part_size(pool.shape[1]), order.parts.shape[1], pool.dtype
-    # Integers from here on: what rounds nothing may still turn one nan into another, and CPUs widen a whole bfloat16
-    # array to write a part of it.
-    pool, window = (jax.lax.bitcast_convert_type(a, f"uint{8 * dtype.itemsize}") for a in (pool, window))
+    # As integers: what rounds nothing may still turn one nan into another.
+    bits = lambda a: jax.lax.bitcast_convert_type(a, f"uint{8 * dtype.itemsize}")
+    # A CPU widens a whole bfloat16 array to write a part of it, but no array of integers.
+    widened = dtype.itemsize < 4 and jax.default_backend() == "cpu"
+    pool, window = bits(pool) if widened else pool, bits(window)
 
     def write_part(i: Int[Array, ""], pool: Shaped[Array, "B S *H"]) -> Shaped[Array, "B S *H"]:
         row, part = i // parts, order.parts[i // parts, i % parts]
@@ -181,8 +185,10 @@ def pack_rows(
         source = jnp.where(slot < part * size, slot, jax.lax.dynamic_slice(order.source, (row, start), (1, size))[0])
         pick = lambda rows, at: rows.at[row, at].get(mode="clip")
         at = source.reshape(size, *(1,) * (pool.ndim - 2))
-        rows = jnp.where(at < slots, pick(pool, source), pick(window, source - slots))
+        rows = jnp.where(at < slots, bits(pick(pool, source)), pick(window, source - slots))
         rows = jnp.where(at >= 0, rows, jnp.zeros((), rows.dtype))
-        return jax.lax.dynamic_update_slice(pool, rows[None], (row, start) + (0,) * (pool.ndim - 2))
+        rows = jax.lax.bitcast_convert_type(rows, pool.dtype)[None]
+        return jax.lax.dynamic_update_slice(pool, rows, (row, start) + (0,) * (pool.ndim - 2))
 
-    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, order.parts.size, write_part, pool), dtype)
+    pool = jax.lax.fori_loop(0, order.parts.size, write_part, pool)
+    return jax.lax.bitcast_convert_type(pool, dtype)
