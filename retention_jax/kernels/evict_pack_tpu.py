@@ -51,6 +51,8 @@ class Scratch(NamedTuple):
     arrived: Any  # semaphores: pool or windows, place, rows or targets
     states: tuple[Any, ...]
     bytes: Any  # of a tile of slots, so far
+    result: Any  # two blocks of slots
+    written: Any  # semaphores: place
 
 
 def _starts(first: Int[Array, "B rows"], used: Int[Array, " B"], slots: int) -> Int[Array, "B out_tiles_and_1"]:
@@ -121,17 +123,25 @@ class _Runs(NamedTuple):
 def _kernel(*refs, rows_per_core: int, of_scalars: bool):
     """A program makes a block of slots, from a block of the pool and one of the windows at a time.
 
-    What it writes nobody after it reads, for so `order_of_parts` has it; and what is on its way to the next program
-    neither this one nor any before it wrote.
+    The pool is read and written through one reference. What a program writes nobody after it reads, and what is on its
+    way to the next program neither this one nor any before it writes: so `order_of_parts` has it.
     """
     runs = _Runs(*refs[: len(_Runs._fields)])
-    pool_starts, window_starts, pool, window, pool_route, window_route, out, *scratch = refs[len(runs) :]
+    pool_starts, window_starts, _, window, pool_route, window_route, pool, *scratch = refs[len(runs) :]
     sources, routes, s = (pool, window), (pool_route, window_route), Scratch(*scratch)
     parts = pl.num_programs(2)
     begin = pl.program_id(0) * rows_per_core * parts
     run = begin + pl.program_id(1) * parts + pl.program_id(2)
-    back = runs.back[run] == 1
-    tiles = out.shape[0] if of_scalars else out.shape[0] // LANES
+    back, place = runs.back[run] == 1, (run - begin) % 2
+    tiles = s.targets[0].shape[1]
+    part_of = lambda run, block, n: (
+        (run // parts, block)
+        if of_scalars
+        else (run // parts, pl.Slice(pl.multiple_of(block * n * LANES, n * LANES), n * LANES))
+    )
+    write = lambda run, place: pltpu.make_async_copy(
+        s.result.at[place], pool.at[part_of(run, runs.parts[run], tiles)], s.written.at[place]
+    )
     turned = lambda i, n: jnp.where(back, n - 1 - i, i)
 
     def stream(i: int, first: Any, last: Any) -> Stream:
@@ -139,10 +149,9 @@ def _kernel(*refs, rows_per_core: int, of_scalars: bool):
         n = s.targets[i].shape[1]  # tiles of a block
 
         def copies(run, block, place):
-            row, rows = run // parts, pl.Slice(pl.multiple_of(block * n * LANES, n * LANES), n * LANES)
             arrays = (
-                (sources[i].at[(row, block) if of_scalars else (row, rows)], s.rows[i]),
-                (routes[i].at[row, block], s.targets[i]),
+                (sources[i].at[part_of(run, block, n)], s.rows[i]),
+                (routes[i].at[run // parts, block], s.targets[i]),
             )
             return [
                 Copy(True, pltpu.make_async_copy(source, target.at[place], s.arrived.at[i, place, a]))
@@ -170,6 +179,7 @@ def _kernel(*refs, rows_per_core: int, of_scalars: bool):
     )
     for source, _ in streams:
         source.begin_row(run)
+    pl.when(run - begin >= 2)(write(jnp.maximum(run - 2, begin), place).wait)
 
     def one_tile(turn, _):
         tile = turned(turn, tiles)
@@ -197,13 +207,20 @@ def _kernel(*refs, rows_per_core: int, of_scalars: bool):
             lax.fori_loop(0, count, add, 0)
         if of_scalars:
             of_byte = [s.bytes[b : b + 1] for b in range(4)]
-            out[pl.ds(tile, 1)] = _from_bytes(of_byte, out.dtype)
+            s.result[place, pl.ds(tile, 1)] = _from_bytes(of_byte, s.result.dtype)
         else:
             of_byte = [s.bytes[b] for b in range(s.bytes.shape[0])]
-            out[pl.ds(pl.multiple_of(tile * LANES, LANES), LANES)] = _from_bytes(of_byte, out.dtype)
+            here = pl.ds(pl.multiple_of(tile * LANES, LANES), LANES)
+            s.result[place, here] = _from_bytes(of_byte, s.result.dtype)
         return 0
 
     lax.fori_loop(0, tiles, one_tile, 0)
+    write(run, place).start()
+
+    @pl.when(run == begin + rows_per_core * parts - 1)
+    def _():
+        pl.when(run > begin)(write(jnp.maximum(run - 1, begin), 1 - place).wait)
+        write(run, place).wait()
 
 
 def _bytes(rows: Array) -> list[Array]:
@@ -246,8 +263,6 @@ def pack_rows(
     rows_per_core = B // (cores := 2 - B % 2)
     sequence = lambda core, i: core * rows_per_core + i
     block_of = lambda r: r.shape[2:] if of_scalars else (r.shape[2] * LANES, *pool.shape[2:])
-    block = block_of(routes[0])
-    zeros = (0,) * (len(block) if of_scalars else len(block) - 1)
     runs = _Runs(order.parts, order.back, order.pool.first, order.pool.last, order.window.first, order.window.last)
     in_smem = lambda a: pl.BlockSpec(
         (None, *a.shape[1:]), lambda core, i, *_: (sequence(core, i), 0, 0), memory_space=pltpu.SMEM
@@ -261,20 +276,15 @@ def pack_rows(
             num_scalar_prefetch=len(runs),
             grid=(cores, rows_per_core, blocks),
             in_specs=[*map(in_smem, starts), *[pl.BlockSpec(memory_space=pl.ANY)] * 4],
-            out_specs=pl.BlockSpec(
-                (None, None, *block) if of_scalars else (None, *block),
-                lambda core, i, j, parts, *_: (
-                    sequence(core, i),
-                    parts[sequence(core, i) * blocks + j],
-                    *zeros,
-                ),
-            ),
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=Scratch(
                 rows=tuple(pltpu.VMEM((2, *block_of(r)), pool.dtype) for r in routes),
                 targets=tuple(pltpu.VMEM((2, *r.shape[2:]), jnp.int32) for r in routes),
                 arrived=pltpu.SemaphoreType.DMA((2, 2, 2)),
                 states=(pltpu.SMEM((2,), jnp.int32),) * 2,
                 bytes=pltpu.VMEM((16, LANES) if of_scalars else (size, LANES, *pool.shape[2:]), jnp.float32),
+                result=pltpu.VMEM((2, *block_of(routes[0])), pool.dtype),
+                written=pltpu.SemaphoreType.DMA((2,)),
             ),
         ),
         input_output_aliases={len(runs) + len(starts): 0},
