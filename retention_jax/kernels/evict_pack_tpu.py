@@ -223,22 +223,27 @@ def _kernel(*refs, rows_per_core: int, of_scalars: bool):
         write(run, place).wait()
 
 
+def _integers(rows: Array) -> Array:
+    """The same bits. It is done here since the compiler would copy a whole pool to call its numbers integers."""
+    return pltpu.bitcast(rows, jnp.dtype(f"int{8 * rows.dtype.itemsize}"))
+
+
 def _bytes(rows: Array) -> list[Array]:
-    """The bytes of each integer, the lowest first, as numbers themselves."""
-    bits = rows.astype(jnp.int32)
+    """The bytes of each number, the lowest first, as numbers themselves."""
+    bits = _integers(rows).astype(jnp.int32)
     return [((bits >> 8 * b) & 255).astype(jnp.float32).astype(jnp.bfloat16) for b in range(rows.dtype.itemsize)]
 
 
 def _bytes_of_scalars(row: Array) -> Array:
     """[1, 128] numbers of four bytes to [16, 128]: a byte in each of the first rows."""
-    bits = jnp.broadcast_to(row, (16, LANES))
+    bits = jnp.broadcast_to(_integers(row), (16, LANES))
     shift = 8 * jnp.minimum(lax.broadcasted_iota(jnp.int32, (16, LANES), 0), 3)
     return ((bits >> shift) & 255).astype(jnp.float32).astype(jnp.bfloat16)
 
 
 def _from_bytes(values: list[Array], dtype: Any) -> Array:
     bits = sum((v.astype(jnp.int32) << 8 * b for b, v in enumerate(values)), jnp.zeros(values[0].shape, jnp.int32))
-    return bits.astype(dtype)
+    return pltpu.bitcast(bits.astype(jnp.dtype(f"int{8 * dtype.itemsize}")), dtype)
 
 
 def pack_rows(
@@ -246,11 +251,13 @@ def pack_rows(
 ) -> Shaped[Array, "B S *H"]:
     """The pool after packing, zeros where nothing lies: rows of H numbers, or numbers of four bytes.
 
-    It is written over the pool itself. A pool whose slots are no multiple of 128 is copied first.
+    It is written over the pool itself. A pool whose slots, or windows whose rows, are no multiple of 128 are copied
+    first.
     """
     (B, S), of_scalars, dtype = pool.shape[:2], pool.ndim == 2, pool.dtype
-    # Integers from here on: what rounds nothing may still turn one nan into another.
-    pool, window = (lax.bitcast_convert_type(a, jnp.dtype(f"int{8 * dtype.itemsize}")) for a in (pool, window))
+    if S % LANES or window.shape[1] % LANES:
+        # What is copied anyway is copied as integers: what rounds nothing may still turn one nan into another.
+        pool, window = (lax.bitcast_convert_type(a, jnp.dtype(f"int{8 * dtype.itemsize}")) for a in (pool, window))
 
     def blocked(a: Array, route: Route) -> Array:
         blocks, tiles = route.target.shape[1:3]
