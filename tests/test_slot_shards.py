@@ -153,19 +153,21 @@ def test_positions_and_live_are_those_of_one_device(alone):
             np.testing.assert_array_equal(got, want)
 
 
-def test_parts_of_shards_merge_as_parts_of_one_device():
-    rng = np.random.default_rng(2)
-    out, lse = (
-        rng.normal(size=(8, 1, 2, 3, 4)).astype(np.float32),
-        50 * rng.normal(size=(8, 1, 2, 3)).astype(np.float32),
-    )
+@pytest.mark.parametrize("row", ("cached", "heads", "by_token"))
+def test_parts_of_shards_merge_as_parts_of_one_device(row):
+    # Every device ends with its own heads, tokens, or everything, as the result is laid out.
+    rng, shape = np.random.default_rng(2), (1, 8, 6, 4)
+    out = rng.normal(size=(8, *shape)).astype(np.float32)
+    lse = 50 * rng.normal(size=(8, *shape[:3])).astype(np.float32)
     lse[:, 0, 0, 0], lse[1:, 0, 1, 1] = -np.inf, -np.inf  # no key at all; a key on one shard only
     out[lse == -np.inf] = 0
     want = merge([Partial(*map(jnp.asarray, part)) for part in zip(out, lse, strict=True)])
-    squeeze = lambda part: slot_shards.merge(Partial(part.out[0], part.lse[0]))
-    by_shard = sharding.P(sharding.SLOTS)
-    with jax.set_mesh(sharding.make_mesh(context=4, tensor=2)):
-        mapped = jax.jit(sharding.mapped(squeeze, (by_shard,), sharding.P()))
+    mesh = sharding.make_mesh(context=4, tensor=2)
+    spec = sharding.of_activation(mesh, row, shape)
+    squeeze = lambda part: slot_shards.merge(Partial(part.out[0], part.lse[0]), spec)
+    with jax.set_mesh(mesh):
+        in_specs = (sharding.P(sharding.SLOTS),)
+        mapped = jax.jit(sharding.mapped(squeeze, in_specs, Partial(spec, sharding.P(*spec[:3]))))
         got = mapped(Partial(jnp.asarray(out), jnp.asarray(lse)))
     np.testing.assert_allclose(got.out, want.out, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got.lse, want.lse, rtol=1e-6)
@@ -224,7 +226,9 @@ def allowed(model: rj.ModelConfig) -> set[int]:
 def wrong(found: list[Sent], rows: int, model: rj.ModelConfig) -> list[Sent]:
     """What is neither activations nor counts. An eviction may send a number a row and shard, and no fractions."""
     counts = lambda s: s.dtype in ("s32", "u32", "pred") and np.prod(s.shape) <= rows * 8
-    activations = lambda s: not s.evicting and s.shape[0] == rows and np.prod(s.shape[1:]) in allowed(model)
+    sizes, N = allowed(model), model.num_heads
+    of_shards = lambda s: s.kind == "all-gather" and s.shape[2:] == (1, N)  # every shard's log-sum-exps
+    activations = lambda s: not s.evicting and s.shape[0] == rows and (np.prod(s.shape[1:]) in sizes or of_shards(s))
     return [s for s in found if not (counts(s) if s.evicting or s.dtype in ("s32", "u32", "pred") else activations(s))]
 
 
@@ -238,10 +242,13 @@ def test_decode_sends_no_keys_values_or_scores(folder, axes):
         print(f"{axes}: {what}: {len(part)} arrays in collectives, {sum(s.bytes for s in part)} bytes: {part}")
     rows, N = B // axes.get("data", 1), 12
     assert wrong(found, rows, model.config) == []
-    merged = [s.shape for s in step if s.kind == "all-reduce" and s.dtype == "f32" and s.shape[1:2] == (1,)]
-    assert merged.count((rows, 1, N)) == 2 and merged.count((rows, 1, N, 6)) == 1  # the merge, once in the loop
+    # The merge, once in the loop: a head's device gets it; where the mesh does not divide the heads, all do.
+    shards, kind = (8, "all-reduce") if axes == dict(context=8) else (4, "reduce-scatter")
+    parts, merged = (rows, shards, 1, N), (rows, 1, N if kind == "all-reduce" else N // shards, 6)
+    assert [(s.kind, s.shape) for s in step].count(("all-gather", parts)) == 1
+    assert [(s.kind, s.shape) for s in step].count((kind, merged)) == 1
     if axes == dict(context=8):  # weights are whole: nothing else is sent
-        assert len(step) == 3 and {s.dtype for s in evicting} == {"s32"}
+        assert len(step) == 2 and {s.dtype for s in evicting} == {"s32"}
 
 
 def test_the_check_finds_keys_that_travel(folder):

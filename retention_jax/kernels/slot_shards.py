@@ -43,7 +43,7 @@ def merge(part: Partial, layout: sharding.P) -> Partial:
     `layout` is that of the result [B, T, N, ...] on the mesh. Every shard comes with all tokens and heads. Along mesh
     axes that cut neither here every shard leaves with all of them too.
     """
-    names = sharding.mapped_axes(sharding.SLOTS)
+    names = tuple(name for name in sharding.mapped_axes(sharding.SLOTS) if jax.lax.axis_size(name) > 1)
     if not names:
         return part
     # A query without any key: every lse is -inf, and the shares must be 0, not exp(-inf + inf).

@@ -166,7 +166,8 @@ def mapped(function: Callable[..., T], in_specs: Any, out_specs: Any) -> Callabl
 
 def present(mesh: Mesh | AbstractMesh, spec: P) -> P:
     """A row of the table without the axes that the mesh lacks."""
-    return P(*(tuple(axis for axis in entry if axis in mesh.shape) if entry else None for entry in spec))
+    axes = lambda entry: (entry,) if isinstance(entry, str) else entry or ()
+    return P(*(tuple(axis for axis in axes(entry) if axis in mesh.shape) or None for entry in spec))
 
 
 def shards(*axes: str) -> int:
