@@ -18,9 +18,11 @@ import retention_jax as rj
 from retention_jax import cache
 from retention_jax.cache.buffer import Buffer, Entries
 from retention_jax.config import CacheConfig
+from retention_jax.generation import decoding
 from retention_jax.kernels import slot_shards
 from retention_jax.kernels.partial_softmax import Partial, merge
 from retention_jax.models import gate_files, weights
+from retention_jax.models.inputs import Inputs
 from retention_jax.parallel import sharding
 
 L, K, H = 2, 2, 4
@@ -227,8 +229,12 @@ def wrong(found: list[Sent], rows: int, model: rj.ModelConfig) -> list[Sent]:
     """What is neither activations nor counts. An eviction may send a number a row and shard, and no fractions."""
     counts = lambda s: s.dtype in ("s32", "u32", "pred") and np.prod(s.shape) <= rows * 8
     sizes, N = allowed(model), model.num_heads
-    of_shards = lambda s: s.kind == "all-gather" and s.shape[2:] == (1, N)  # every shard's log-sum-exps
-    activations = lambda s: not s.evicting and s.shape[0] == rows and (np.prod(s.shape[1:]) in sizes or of_shards(s))
+    activations = lambda s: not s.evicting and s.shape[0] == rows and (np.prod(s.shape[1:]) in sizes or merging(s))
+    # Every shard's log-sum-exps; what some heads attended to, summed over the shards.
+    merging = lambda s: (
+        (s.kind == "all-gather" and s.shape[2:] == (1, N))
+        or (s.kind == "reduce-scatter" and N % s.shape[2] == 0 and s.shape[3:] == (model.head_size,))
+    )
     return [s for s in found if not (counts(s) if s.evicting or s.dtype in ("s32", "u32", "pred") else activations(s))]
 
 
@@ -257,6 +263,27 @@ def test_the_check_finds_keys_that_travel(folder):
     model = weights.load_backbone(folder, rj.GateConfig(width=16), "float32", seed=0, mesh=mesh)
     found = wrong(sent(lower_decode(model, CACHE, 4, mesh)), 2, model.config)
     assert (2, 1, 4, 6) in [s.shape for s in found]
+
+
+def test_long_chunks_are_read_by_token(folder):
+    """Where weights are less than the sums of hidden states they save, they are what is sent; nothing else changes."""
+    mesh, tokens, cfg = sharding.make_mesh(context=2, tensor=4), tokens_of(5, 4, 32), CacheConfig(budget=8, recent=3)
+
+    def sums(model, width):
+        read = jax.jit(lambda model, inputs, buffer: decoding.read_chunk(model, inputs, buffer, prompt=True)[0].hidden)
+        with jax.set_mesh(mesh):
+            inputs = Inputs(*(jax.ShapeDtypeStruct((4, width), dtype) for dtype in (jnp.int32, jnp.bool_)))  # pyright: ignore
+            found = sent(read.lower(model, inputs, cache.shapes(model.config, cfg, 4)))
+        return [s.kind for s in found if s.shape[-1] == model.config.width and s.kind in ("all-reduce", "reduce-scatter")]
+
+    model = rj.load(folder, folder / "gates", "float32", mesh=mesh)
+    assert len(sums(model, 8)) == 3  # of the embedding; behind attention and behind the MLP
+    assert len(sums(model, 32)) == 1
+    results = [rj.prefill(m, tokens, cfg) for m in (rj.load(folder, folder / "gates", "float32"), model)]
+    (want, one), (got, many) = results
+    assert_close(got, want)
+    for row in range(4):
+        assert jax.tree.all(jax.tree.map(np.array_equal, many.positions(row), one.positions(row)))
 
 
 @pytest.mark.slow  # compiles for TPU in a process of its own
