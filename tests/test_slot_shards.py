@@ -169,7 +169,7 @@ def test_parts_of_shards_merge_as_parts_of_one_device(row):
     squeeze = lambda part: slot_shards.merge(Partial(part.out[0], part.lse[0]), spec)
     with jax.set_mesh(mesh):
         in_specs = (sharding.P(sharding.SLOTS),)
-        mapped = jax.jit(sharding.mapped(squeeze, in_specs, Partial(spec, sharding.P(*spec[:3]))))
+        mapped = jax.jit(sharding.mapped(squeeze, in_specs, Partial._make((spec, sharding.P(*spec[:3])))))
         got = mapped(Partial(jnp.asarray(out), jnp.asarray(lse)))
     np.testing.assert_allclose(got.out, want.out, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got.lse, want.lse, rtol=1e-6)
@@ -274,7 +274,7 @@ def test_long_chunks_are_read_by_token(folder):
         with jax.set_mesh(mesh):
             inputs = Inputs(*(jax.ShapeDtypeStruct((4, width), dtype) for dtype in (jnp.int32, jnp.bool_)))  # pyright: ignore
             found = sent(read.lower(model, inputs, cache.shapes(model.config, cfg, 4)))
-        return [s.kind for s in found if s.shape[-1] == model.config.width and s.kind in ("all-reduce", "reduce-scatter")]
+        return [s for s in found if s.shape[-1] == model.config.width and s.kind in ("all-reduce", "reduce-scatter")]
 
     model = rj.load(folder, folder / "gates", "float32", mesh=mesh)
     assert len(sums(model, 8)) == 3  # of the embedding; behind attention and behind the MLP

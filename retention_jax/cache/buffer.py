@@ -206,7 +206,7 @@ def attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""], ro
     spec = sharding.P() if mesh is None else sharding.of_activation(mesh, row, q.shape)
     parts = (layout(buffer), sharding.WINDOW, sharding.P())
     attend_here = functools.partial(_attend, spec=spec)
-    return sharding.mapped(attend_here, parts, Partial(spec, sharding.P(*spec[:3])))(buffer, q, layer)
+    return sharding.mapped(attend_here, parts, Partial._make((spec, sharding.P(*spec[:3]))))(buffer, q, layer)
 
 
 def _attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""], spec: sharding.P) -> Partial:

@@ -28,7 +28,7 @@ class Stream(NamedTuple):
     last: Callable[[Any], Any]
     copies: Callable[[Any, Any, Any], list[Copy]]  # of a row's block to a place
     after: Callable[[Any, Any], Any] = lambda row, block: block + 1  # the block that follows a row's block
-    stays: Callable[[Any], Any] = lambda row: False  # whether a row's last block is the next row's first, and not read again
+    stays: Callable[[Any], Any] = lambda row: False  # whether a row's last block stays, since the next one begins there
 
     def begin_row(self, row: Any) -> None:
         """Comes before the row's first `enter`, which may be left out."""

@@ -70,7 +70,7 @@ def mass(T: int, heads: int):
 
 
 def pack(slots: int, entries: int, *H: int):
-    order = Order(shaped(jnp.int32, 1, slots), shaped(jnp.int32, 1, 16))
+    order = Order._make(shaped(jnp.int32, 1, n) for n in (slots, 16))  # shapes in the place of arrays
     arrays = shaped(jnp.bfloat16, 1, slots, *H), shaped(jnp.bfloat16, 1, entries, *H)
     return lambda: jax.eval_shape(pack_rows, *arrays, order)
 
