@@ -133,7 +133,8 @@ def main(topology: str) -> None:
         )
         window = ",".join(map(str, buffer.recent.k.shape))
         line |= dict(windows_on_chip=len(re.findall(rf"bf16\[{window}\]{{[^}}]*S\(1\)}}", text)))
-        print(json.dumps(line | dict(temporaries=memory.temp_size_in_bytes)), flush=True)
+        line |= dict(temporaries=memory.temp_size_in_bytes, pool_bytes=2 * buffer.pool.k.size * 2)
+        print(json.dumps(line), flush=True)
 
     # More than fits in vector memory, as real pools and windows are; a layer's windows are larger than the positions.
     with jax.set_mesh(mesh):

@@ -13,6 +13,7 @@ from decode_program import large_writes, lower_run, lower_step
 from helpers import environment_for_tpu_compiler, tiny_config, tiny_model, tokens_of
 
 import retention_jax as rj
+from retention_jax import cache
 from retention_jax.config import CacheConfig
 from retention_jax.generation import decoding, runs
 from retention_jax.serving import programs
@@ -68,6 +69,14 @@ def test_the_engines_run_writes_a_pool_only_where_a_row_evicts(shapes):
     assert whole and all("update" in write for write in whole)  # in place
 
 
+def test_an_eviction_needs_no_second_pool():
+    buffer = cache.shapes(tiny_config(head_size=64), CacheConfig(budget=4096, recent=16), batch=2)
+    memory = jax.jit(cache.evict_full, donate_argnums=0).lower(buffer).compile().memory_analysis()
+    pool = 2 * buffer.pool.k.size * 4
+    assert memory is not None and memory.temp_size_in_bytes < pool / 4
+    assert memory.alias_size_in_bytes >= pool
+
+
 @pytest.mark.parametrize(
     "planted",
     (
@@ -106,6 +115,7 @@ def test_the_same_on_tpu_with_its_kernels():
         assert reports[name]["temporaries"] < 2**20
         assert reports[name]["kernels"] == ["buffer_attention"]
     assert reports["run"]["writes"] == reports["chunk"]["writes"] == []
+    assert reports["run"]["temporaries"] < reports["run"]["pool_bytes"] / 4  # its evictions need no second pool
     assert reports["chunk"]["kernels"] == ["buffer_attention", "retention_attention_forward"]
 
 

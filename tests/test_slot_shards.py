@@ -18,9 +18,11 @@ import retention_jax as rj
 from retention_jax import cache
 from retention_jax.cache.buffer import Buffer, Entries
 from retention_jax.config import CacheConfig
+from retention_jax.generation import decoding
 from retention_jax.kernels import slot_shards
 from retention_jax.kernels.partial_softmax import Partial, merge
 from retention_jax.models import gate_files, weights
+from retention_jax.models.inputs import Inputs
 from retention_jax.parallel import sharding
 
 L, K, H = 2, 2, 4
@@ -153,19 +155,21 @@ def test_positions_and_live_are_those_of_one_device(alone):
             np.testing.assert_array_equal(got, want)
 
 
-def test_parts_of_shards_merge_as_parts_of_one_device():
-    rng = np.random.default_rng(2)
-    out, lse = (
-        rng.normal(size=(8, 1, 2, 3, 4)).astype(np.float32),
-        50 * rng.normal(size=(8, 1, 2, 3)).astype(np.float32),
-    )
+@pytest.mark.parametrize("row", ("cached", "heads", "by_token"))
+def test_parts_of_shards_merge_as_parts_of_one_device(row):
+    # Every device ends with its own heads, tokens, or everything, as the result is laid out.
+    rng, shape = np.random.default_rng(2), (1, 8, 6, 4)
+    out = rng.normal(size=(8, *shape)).astype(np.float32)
+    lse = 50 * rng.normal(size=(8, *shape[:3])).astype(np.float32)
     lse[:, 0, 0, 0], lse[1:, 0, 1, 1] = -np.inf, -np.inf  # no key at all; a key on one shard only
     out[lse == -np.inf] = 0
     want = merge([Partial(*map(jnp.asarray, part)) for part in zip(out, lse, strict=True)])
-    squeeze = lambda part: slot_shards.merge(Partial(part.out[0], part.lse[0]))
-    by_shard = sharding.P(sharding.SLOTS)
-    with jax.set_mesh(sharding.make_mesh(context=4, tensor=2)):
-        mapped = jax.jit(sharding.mapped(squeeze, (by_shard,), sharding.P()))
+    mesh = sharding.make_mesh(context=4, tensor=2)
+    spec = sharding.of_activation(mesh, row, shape)
+    squeeze = lambda part: slot_shards.merge(Partial(part.out[0], part.lse[0]), spec)
+    with jax.set_mesh(mesh):
+        in_specs = (sharding.P(sharding.SLOTS),)
+        mapped = jax.jit(sharding.mapped(squeeze, in_specs, Partial._make((spec, sharding.P(*spec[:3])))))
         got = mapped(Partial(jnp.asarray(out), jnp.asarray(lse)))
     np.testing.assert_allclose(got.out, want.out, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got.lse, want.lse, rtol=1e-6)
@@ -224,7 +228,13 @@ def allowed(model: rj.ModelConfig) -> set[int]:
 def wrong(found: list[Sent], rows: int, model: rj.ModelConfig) -> list[Sent]:
     """What is neither activations nor counts. An eviction may send a number a row and shard, and no fractions."""
     counts = lambda s: s.dtype in ("s32", "u32", "pred") and np.prod(s.shape) <= rows * 8
-    activations = lambda s: not s.evicting and s.shape[0] == rows and np.prod(s.shape[1:]) in allowed(model)
+    sizes, N = allowed(model), model.num_heads
+    activations = lambda s: not s.evicting and s.shape[0] == rows and (np.prod(s.shape[1:]) in sizes or merging(s))
+    # Every shard's log-sum-exps; what some heads attended to, summed over the shards.
+    merging = lambda s: (
+        (s.kind == "all-gather" and s.shape[2:] == (1, N))
+        or (s.kind == "reduce-scatter" and N % s.shape[2] == 0 and s.shape[3:] == (model.head_size,))
+    )
     return [s for s in found if not (counts(s) if s.evicting or s.dtype in ("s32", "u32", "pred") else activations(s))]
 
 
@@ -238,10 +248,13 @@ def test_decode_sends_no_keys_values_or_scores(folder, axes):
         print(f"{axes}: {what}: {len(part)} arrays in collectives, {sum(s.bytes for s in part)} bytes: {part}")
     rows, N = B // axes.get("data", 1), 12
     assert wrong(found, rows, model.config) == []
-    merged = [s.shape for s in step if s.kind == "all-reduce" and s.dtype == "f32" and s.shape[1:2] == (1,)]
-    assert merged.count((rows, 1, N)) == 2 and merged.count((rows, 1, N, 6)) == 1  # the merge, once in the loop
+    # The merge, once in the loop: a head's device gets it; where the mesh does not divide the heads, all do.
+    shards, kind = (8, "all-reduce") if axes == dict(context=8) else (4, "reduce-scatter")
+    parts, merged = (rows, shards, 1, N), (rows, 1, N if kind == "all-reduce" else N // shards, 6)
+    assert [(s.kind, s.shape) for s in step].count(("all-gather", parts)) == 1
+    assert [(s.kind, s.shape) for s in step].count((kind, merged)) == 1
     if axes == dict(context=8):  # weights are whole: nothing else is sent
-        assert len(step) == 3 and {s.dtype for s in evicting} == {"s32"}
+        assert len(step) == 2 and {s.dtype for s in evicting} == {"s32"}
 
 
 def test_the_check_finds_keys_that_travel(folder):
@@ -250,6 +263,27 @@ def test_the_check_finds_keys_that_travel(folder):
     model = weights.load_backbone(folder, rj.GateConfig(width=16), "float32", seed=0, mesh=mesh)
     found = wrong(sent(lower_decode(model, CACHE, 4, mesh)), 2, model.config)
     assert (2, 1, 4, 6) in [s.shape for s in found]
+
+
+def test_long_chunks_are_read_by_token(folder):
+    """Where weights are less than the sums of hidden states they save, they are what is sent; nothing else changes."""
+    mesh, tokens, cfg = sharding.make_mesh(context=2, tensor=4), tokens_of(5, 4, 32), CacheConfig(budget=8, recent=3)
+
+    def sums(model, width):
+        read = jax.jit(lambda model, inputs, buffer: decoding.read_chunk(model, inputs, buffer, prompt=True)[0].hidden)
+        with jax.set_mesh(mesh):
+            inputs = Inputs(*(jax.ShapeDtypeStruct((4, width), dtype) for dtype in (jnp.int32, jnp.bool_)))  # pyright: ignore
+            found = sent(read.lower(model, inputs, cache.shapes(model.config, cfg, 4)))
+        return [s for s in found if s.shape[-1] == model.config.width and s.kind in ("all-reduce", "reduce-scatter")]
+
+    model = rj.load(folder, folder / "gates", "float32", mesh=mesh)
+    assert len(sums(model, 8)) == 3  # of the embedding; behind attention and behind the MLP
+    assert len(sums(model, 32)) == 1
+    results = [rj.prefill(m, tokens, cfg) for m in (rj.load(folder, folder / "gates", "float32"), model)]
+    (want, one), (got, many) = results
+    assert_close(got, want)
+    for row in range(4):
+        assert jax.tree.all(jax.tree.map(np.array_equal, many.positions(row), one.positions(row)))
 
 
 @pytest.mark.slow  # compiles for TPU in a process of its own

@@ -201,13 +201,16 @@ def on_every_device(function: Callable[..., Buffer], buffer: Buffer, *by_row: En
     return sharding.mapped(function, (parts, *(sharding.WINDOW for _ in by_row)), parts)(buffer, *by_row)
 
 
-def attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""]) -> Partial:
-    """Attention of new tokens over all that one layer holds."""
+def attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""], row: str) -> Partial:
+    """Attention of new tokens over all that one layer holds, laid out as the `row` of `sharding.ACTIVATIONS`."""
+    mesh = sharding.ambient()
+    spec = sharding.P() if mesh is None else sharding.of_activation(mesh, row, q.shape)
     parts = (layout(buffer), sharding.WINDOW, sharding.P())
-    return sharding.mapped(_attend, parts, sharding.WINDOW)(buffer, q, layer)
+    attend_here = functools.partial(_attend, spec=spec)
+    return sharding.mapped(attend_here, parts, Partial._make((spec, sharding.P(*spec[:3]))))(buffer, q, layer)
 
 
-def _attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""]) -> Partial:
+def _attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""], spec: sharding.P) -> Partial:
     """The shards share the recent tokens out, so that all have the same to read."""
     K, R = buffer.recent.pos.shape[2:]
     here = -(-R // slot_shards.count())
@@ -227,5 +230,6 @@ def _attend(buffer: Buffer, q: Float[Array, "B T N H"], layer: Int[Array, ""]) -
             recent_range=jnp.stack([begin, end], axis=1),
             layer=layer,
             window=window,
-        )
+        ),
+        spec,
     )

@@ -97,7 +97,7 @@ def _masses(
         def attended(q, pool_v, v):
             held = buffer._replace(pool=buffer.pool._replace(v=pool_v))
             every_head = jnp.broadcast_to(v[:, :, None], k.shape)
-            return ops.merge([attend(held, q, index), ops.causal_attention(q, k, every_head, window)])
+            return ops.merge([attend(held, q, index, "heads"), ops.causal_attention(q, k, every_head, window)])
 
         def share(q):
             """Attention on the fact asked for and on any fact, and the log-sum-exp of the logits."""

@@ -8,17 +8,18 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Shaped
 
+from retention_jax.kernels.evict_xla import Order
 from retention_jax.kernels.triton_blocks import PACK_BYTES
 from retention_jax.kernels.triton_call import Launch, call
 
 
 def pack_rows(
-    pool: Shaped[Array, "B S *H"], window: Shaped[Array, "B heads_window *H"], source: Int[Array, "B S"]
+    pool: Shaped[Array, "B S *H"], window: Shaped[Array, "B heads_window *H"], order: Order
 ) -> Shaped[Array, "B S *H"]:
-    """The pool after packing: slot s takes the row `source[s]` of pool and window joined, zeros where it is -1."""
-    (B, S), H = source.shape, math.prod(pool.shape[2:])
+    """The pool after packing, as `evict_xla.pack_rows` has it, but written to a new place."""
+    (B, S), H = pool.shape[:2], math.prod(pool.shape[2:])
     padded = 1 << (H - 1).bit_length()
     rows = max(1, min(1024, PACK_BYTES // (padded * pool.dtype.itemsize)))
     integer = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")  # bytes, whatever they mean
@@ -31,4 +32,4 @@ def pack_rows(
         num_stages=1,
     )
     old, new = (jax.lax.bitcast_convert_type(a, integer).reshape(B, -1, H) for a in (pool, window))
-    return jax.lax.bitcast_convert_type(call(launch, old, new, source)[0], pool.dtype).reshape(pool.shape)
+    return jax.lax.bitcast_convert_type(call(launch, old, new, order.source)[0], pool.dtype).reshape(pool.shape)

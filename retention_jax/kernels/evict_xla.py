@@ -1,16 +1,20 @@
-"""Exact selection and packing of survivors in plain XLA: a threshold search, a prefix sum, a gather.
+"""Exact selection and packing of survivors in plain XLA: a threshold search, a prefix sum, gathers.
 
 Not a sort: 32 counting passes over one order-preserving integer per entry find the threshold, and the same survivors
-come out on every backend.
+come out on every backend. The pool is packed where it lies, part by part.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from retention_jax.kernels import slot_shards
+
+PARTS = 16  # of a row's pool, each packed by itself
+LEAST = 512  # slots of a part: smaller ones take longer than they save
 
 
 def slot_heads(offset: Int[Array, "B heads_and_1"], slots: int) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
@@ -113,10 +117,37 @@ def targets(
     return to_pool, to_window.reshape(B, -1), new_offset
 
 
+class Order(NamedTuple):
+    """How a pool is packed where it lies."""
+
+    source: Int[Array, "B S"]  # where each slot's next content comes from; -1: nothing
+    parts: Int[Array, "B parts"]  # the order in which parts of a row are written
+
+
+def part_size(slots: int) -> int:
+    """Slots that are packed at a time."""
+    return min(slots, max(LEAST, -(-slots // PARTS)))
+
+
+def order_of_parts(first: Int[Array, "B parts"], size: int) -> Int[Array, "B parts"]:
+    """The order in which parts of `size` slots can be written so that none is overwritten that is still to be read.
+
+    Survivors keep their order. So what comes to lie from a part's begin on is now at slot `first` or behind it, and
+    what comes to lie before it is now before `first`. Where `first` is before the begin, the part must be written
+    before the one in front of it, otherwise it may be written behind it. So of parts that move back, each run of
+    neighbours is written from its end, and the runs one after the other.
+    """
+    parts = first.shape[1]
+    index = jnp.arange(parts, dtype=jnp.int32)[None]
+    moves_back = (first < index * size) & (index > 0)
+    run = jnp.cumsum(~moves_back, axis=1, dtype=jnp.int32)
+    return jnp.argsort(run * parts - index, axis=1).astype(jnp.int32)
+
+
 def pack_order(
     keep: Bool[Array, "B E"], head: Int[Array, "B E"], offset: Int[Array, "B heads_and_1"], window: int
-) -> tuple[Int[Array, "B S"], Int[Array, "B heads_and_1"]]:
-    """Where each pool slot's next content comes from (-1: nothing), and the new offsets.
+) -> tuple[Order, Int[Array, "B heads_and_1"]]:
+    """How `pack_rows` moves entries, and the new offsets.
 
     Entries are the S pool slots, ordered by head and position, then `window` tokens for each head, newer than any in
     the pool. Survivors are ordered by head and position again.
@@ -126,18 +157,38 @@ def pack_order(
     target = jnp.where(keep, jnp.concatenate([to_pool, to_window], axis=1), slots)
     source = jnp.arange(keep.shape[1], dtype=jnp.int32)
     scatter = lambda t: jnp.full(slots, -1, jnp.int32).at[t].set(source, mode="drop", unique_indices=False)
-    return jax.vmap(scatter)(target), new_offset
+    size = part_size(slots)
+    begin = jnp.arange(0, slots, size, dtype=jnp.int32)
+    first = jax.vmap(lambda to: jnp.searchsorted(to, begin))(to_pool).astype(jnp.int32)
+    return Order(jax.vmap(scatter)(target), order_of_parts(first, size)), new_offset
 
 
 def pack_rows(
-    pool: Shaped[Array, "B S *H"], window: Shaped[Array, "B heads_window *H"], source: Int[Array, "B S"]
+    pool: Shaped[Array, "B S *H"], window: Shaped[Array, "B heads_window *H"], order: Order
 ) -> Shaped[Array, "B S *H"]:
-    """The pool after packing: slot s takes the row `source[s]` of pool and window joined, zeros where it is -1."""
-    slots = pool.shape[1]
-    pick = jax.vmap(lambda rows, index: rows.at[index].get(mode="clip"))
-    shape = source.shape + (1,) * (pool.ndim - 2)
+    """The pool after packing: slot s takes the row `source[s]` of pool and window joined, zeros where it is -1.
+
+    It is written part by part over the pool itself, so that next to it only one part is held.
+    """
+    slots, size, parts, dtype = pool.shape[1], part_size(pool.shape[1]), order.parts.shape[1], pool.dtype
     # As integers: what rounds nothing may still turn one nan into another.
-    old, new = (jax.lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}") for a in (pool, window))
-    kept = jnp.where(source.reshape(shape) < slots, pick(old, source), pick(new, source - slots))
-    kept = jnp.where(source.reshape(shape) >= 0, kept, jnp.zeros((), kept.dtype))
-    return jax.lax.bitcast_convert_type(kept, pool.dtype)
+    bits = lambda a: jax.lax.bitcast_convert_type(a, f"uint{8 * dtype.itemsize}")
+    # A CPU widens a whole bfloat16 array to write a part of it, but no array of integers.
+    widened = dtype.itemsize < 4 and jax.default_backend() == "cpu"
+    pool, window = bits(pool) if widened else pool, bits(window)
+
+    def write_part(i: Int[Array, ""], pool: Shaped[Array, "B S *H"]) -> Shaped[Array, "B S *H"]:
+        row, part = i // parts, order.parts[i // parts, i % parts]
+        start = jnp.minimum(part * size, slots - size)
+        slot = start + jnp.arange(size, dtype=jnp.int32)
+        # The last part may reach into the one before it, of which it leaves everything as it is.
+        source = jnp.where(slot < part * size, slot, jax.lax.dynamic_slice(order.source, (row, start), (1, size))[0])
+        pick = lambda rows, at: rows.at[row, at].get(mode="clip")
+        at = source.reshape(size, *(1,) * (pool.ndim - 2))
+        rows = jnp.where(at < slots, bits(pick(pool, source)), pick(window, source - slots))
+        rows = jnp.where(at >= 0, rows, jnp.zeros((), rows.dtype))
+        rows = jax.lax.bitcast_convert_type(rows, pool.dtype)[None]
+        return jax.lax.dynamic_update_slice(pool, rows, (row, start) + (0,) * (pool.ndim - 2))
+
+    pool = jax.lax.fori_loop(0, order.parts.size, write_part, pool)
+    return jax.lax.bitcast_convert_type(pool, dtype)

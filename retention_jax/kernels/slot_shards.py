@@ -37,13 +37,23 @@ def anywhere(condition: Bool[Array, ""]) -> Bool[Array, ""]:
     return jax.lax.pmax(condition.astype(jnp.int32), sharding.mapped_axes(sharding.AXES)) > 0
 
 
-def merge(part: Partial) -> Partial:
-    """The softmax over all shards' keys, which must be disjoint."""
-    names = sharding.mapped_axes(sharding.SLOTS)
+def merge(part: Partial, layout: sharding.P) -> Partial:
+    """The softmax over all shards' keys, which must be disjoint: the part of it that `layout` gives this device.
+
+    `layout` is that of the result [B, T, N, ...] on the mesh. Every shard comes with all tokens and heads. Along mesh
+    axes that cut neither here every shard leaves with all of them too.
+    """
+    names = tuple(name for name in sharding.mapped_axes(sharding.SLOTS) if jax.lax.axis_size(name) > 1)
     if not names:
         return part
-    top = jax.lax.pmax(part.lse, names)
     # A query without any key: every lse is -inf, and the shares must be 0, not exp(-inf + inf).
-    share = jnp.exp(part.lse - jnp.where(top == -jnp.inf, 0.0, top))
-    mass, out = jax.lax.psum((share, part.out * share[..., None]), names)
-    return Partial(out / jnp.maximum(mass, jnp.finfo(mass.dtype).tiny)[..., None], top + jnp.log(mass))
+    lse = jax.nn.logsumexp(jax.lax.all_gather(part.lse, names, axis=1), axis=1)
+    out = part.out * jnp.exp(part.lse - jnp.where(lse == -jnp.inf, 0.0, lse))[..., None]
+    for axis, entry in enumerate(layout):
+        along = tuple(name for name in names if name in ((entry,) if isinstance(entry, str) else entry or ()))
+        if along:
+            out = jax.lax.psum_scatter(out, along, scatter_dimension=axis, tiled=True)
+            size = out.shape[axis]
+            lse = jax.lax.dynamic_slice_in_dim(lse, jax.lax.axis_index(along) * size, size, axis)
+            names = tuple(name for name in names if name not in along)
+    return Partial(jax.lax.psum(out, names), lse)

@@ -184,20 +184,25 @@ def extend(
     turn = rope.rotation(pos, length[:, None], cfg)
     first = jnp.maximum(valid.sum(axis=1, dtype=jnp.int32) - queries, 0)
     newest_of_row = jax.vmap(lambda q, at: jax.lax.dynamic_slice_in_dim(q, at, queries))
+    by_token = _shares_tokens(cfg, tokens.shape)
+    hidden, heads, whole = ("by_token", "by_token", ("fsdp", "tensor")) if by_token else ("hidden", "heads", ("fsdp",))
 
     def layer_step(x, scanned):
         layer, weight, offset, index, window = scanned
-        layer = sharding.gathered(layer, table=sharding.DECODING)
+        layer = sharding.gathered(layer, table=sharding.DECODING, along=whole)
         q, k, v, features = layer.project(x, turn)
-        k, v = (sharding.constrain(a, "cached") for a in (k, v))
-        log_beta = log_retention(features, weight, offset)
+        if by_token:
+            # Made where their token is, and then sent; the compiler would rather send what they are made of.
+            q, k, v = (sharding.constrain(a, "by_token") for a in (q, k, v))
+            q = sharding.constrain(q, "cached")  # once, for all that attend
+        k, v, log_beta = (sharding.constrain(a, "cached") for a in (k, v, log_retention(features, weight, offset)))
         newest = newest_of_row(q, first) if queries else None
-        attended = ops.merge([cache.attend(buffer, q, index), ops.causal_attention(q, k, v, window)]).out
-        attended = sharding.constrain(attended.astype(q.dtype), "heads")
-        x = sharding.constrain(layer.finish(x, attended), "hidden")
+        attended = ops.merge([cache.attend(buffer, q, index, heads), ops.causal_attention(q, k, v, window)]).out
+        attended = sharding.constrain(attended.astype(q.dtype), heads)
+        x = sharding.constrain(layer.finish(x, attended), hidden)
         return x, (k.swapaxes(1, 2), v.swapaxes(1, 2), log_beta, newest)
 
-    x = sharding.constrain(sharding.constrain(model.embedding[...][tokens], "embedded"), "hidden")
+    x = sharding.constrain(sharding.constrain(model.embedding[...][tokens], "embedded"), hidden)
     weight, offset = model.final_projection.per_layer(cfg.num_layers, cfg.num_kv_heads)
     windows = cache.window_sizes(cfg.windows)
     scanned = (model.layers, weight, offset, jnp.arange(cfg.num_layers), windows)
@@ -209,6 +214,21 @@ def extend(
         Entries(by_row(k), by_row(v), by_row(log_beta), everywhere),
         None if newest is None else by_row(newest),
     )
+
+
+def _shares_tokens(cfg: ModelConfig, chunk: tuple[int, ...]) -> bool:
+    """Whether devices along `tensor` should each read some of the tokens [B, T], with a layer's whole weights, and not
+    all of them with their part of the weights: "weight-gathered" in Pope et al. (arXiv 2211.05102).
+
+    Whatever sends least. By token a device is sent a layer's weights, keys and values. Otherwise the hidden states are
+    summed over the devices, behind attention and behind the MLP, and a sum travels twice.
+    """
+    (B, T), D, H = chunk, cfg.width, cfg.head_size
+    if sharding.shards("tensor") == 1 or T % sharding.shards("context", "tensor"):
+        return False
+    tokens = B * T // sharding.shards(*sharding.ROWS)
+    weights = 2 * D * cfg.num_heads * H + 3 * D * cfg.mlp_width
+    return weights + tokens * 2 * cfg.num_kv_heads * H < tokens * 2 * 2 * D
 
 
 def unembed(model: Decoder, hidden: Float[Array, "*axes D"]) -> Float[Array, "*axes V"]:

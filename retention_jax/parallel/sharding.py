@@ -54,8 +54,8 @@ WEIGHTS = {
     "w2": P("fsdp", None, None),  # W heads W
 }
 
-# Axes of weights where keys and values are cached: every device makes the new entries of its sequences itself, so that
-# no key or value ever travels. k and v are the smallest matrices of a layer.
+# Axes of weights where keys and values are cached: in decoding every device makes the new entries of its sequences
+# itself, so that no key or value travels. k and v are the smallest matrices of a layer.
 DECODING = WEIGHTS | {"k": P("fsdp", None, None), "v": P("fsdp", None, None), "k_bias": P(), "v_bias": P()}
 
 # Axes of what a step computes.
@@ -68,7 +68,8 @@ ACTIVATIONS = {
     "heads": P(ROWS, "context", "tensor", None),  # B T N H
     "attending": P(ROWS, None, HEADS, None),  # B T N H
     "log_beta": P(ROWS, "tensor", "context"),  # B K T
-    "cached": P(ROWS, None, None, None),  # B T K H: new entries; every device that has their sequence gets all of them
+    "cached": P(ROWS),  # B T K H: new entries; every device that has their sequence gets all of them
+    "by_token": P(ROWS, ("context", "tensor")),  # B T D, B T N H: long chunks, read with whole weights
     "scoring": P(ROWS, HEADS, None),  # B K T, B L*K T: beside attention, and for the retention mass
     "scores": P(None, None),  # B T: numbers about tokens, for the host to read
     "blocked": P(
@@ -165,7 +166,8 @@ def mapped(function: Callable[..., T], in_specs: Any, out_specs: Any) -> Callabl
 
 def present(mesh: Mesh | AbstractMesh, spec: P) -> P:
     """A row of the table without the axes that the mesh lacks."""
-    return P(*(tuple(axis for axis in entry if axis in mesh.shape) if entry else None for entry in spec))
+    axes = lambda entry: (entry,) if isinstance(entry, str) else entry or ()
+    return P(*(tuple(axis for axis in axes(entry) if axis in mesh.shape) or None for entry in spec))
 
 
 def shards(*axes: str) -> int:
@@ -228,19 +230,19 @@ def constrain(x: Array, row: str) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, of_activation(mesh, row, x.shape)))  # pyright: ignore
 
 
-def gathered(weights: T, name: str = "", table: dict[str, P] = WEIGHTS) -> T:
-    """Weights laid out by `table`, whole along `fsdp`: what stands in front of their use.
+def gathered(weights: T, name: str = "", table: dict[str, P] = WEIGHTS, along: tuple[str, ...] = ("fsdp",)) -> T:
+    """Weights laid out by `table`, whole along the axes `along`: what stands in front of their use.
 
     Called with one layer's, inside the loop over layers, so that one layer is whole at a time; or with one weight and
     its name.
     """
     mesh = ambient()
-    if mesh is None or parts(mesh, "fsdp") == 1:
+    if mesh is None or parts(mesh, along) == 1:
         return weights
 
     def whole(path: tuple[Any, ...], a: Array) -> Array:
         row = table[name] if name else _row_of(path, table)
-        spec = P(*(None if axis == "fsdp" else axis for axis in fitting(mesh, row, a.shape)))
+        spec = P(*(None if axis in along else axis for axis in fitting(mesh, row, a.shape)))
         return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec))  # pyright: ignore[reportArgumentType]
 
     return jax.tree_util.tree_map_with_path(whole, weights)

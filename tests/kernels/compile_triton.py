@@ -27,6 +27,7 @@ from retention_jax.kernels import triton_call
 from retention_jax.kernels.buffer_attention_triton import buffer_attention
 from retention_jax.kernels.buffer_attention_xla import Window
 from retention_jax.kernels.evict_pack_triton import pack_rows
+from retention_jax.kernels.evict_xla import Order
 from retention_jax.kernels.retention_attention_triton import retention_attention
 from retention_jax.kernels.retention_mass_triton import retention_mass
 
@@ -69,8 +70,9 @@ def mass(T: int, heads: int):
 
 
 def pack(slots: int, entries: int, *H: int):
-    arrays = shaped(jnp.bfloat16, 1, slots, *H), shaped(jnp.bfloat16, 1, entries, *H), shaped(jnp.int32, 1, slots)
-    return lambda: jax.eval_shape(pack_rows, *arrays)
+    order = Order._make(shaped(jnp.int32, 1, n) for n in (slots, 16))  # shapes in the place of arrays
+    arrays = shaped(jnp.bfloat16, 1, slots, *H), shaped(jnp.bfloat16, 1, entries, *H)
+    return lambda: jax.eval_shape(pack_rows, *arrays, order)
 
 
 PROGRAMS = {

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retention_jax.kernels import evict_pack_tpu, evict_pack_triton, evict_select_tpu, evict_xla
+from retention_jax.kernels.blocks import LANES
 
 SELECT: dict[str, Any] = {"xla": evict_xla.select_top, "tpu": evict_select_tpu.select_top}
 PACK: dict[str, Any] = {
@@ -83,6 +84,26 @@ def test_what_survives_keeps_its_bytes(module, slots, shape, dtype: Any):
         want, want_offset = packed(x, keep, pool, window)
         np.testing.assert_array_equal(offset, want_offset)
         assert got.tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("module", (evict_xla, evict_pack_tpu), ids=("xla", "tpu"))
+@pytest.mark.parametrize("in_order", (True, False))
+def test_no_part_is_written_over_what_is_still_to_be_read(module, in_order, monkeypatch, capsys):
+    # Parts of 128 slots. The first head gains more than a part, the second loses several.
+    monkeypatch.setattr(evict_xla, "part_size", lambda slots: LANES)
+    monkeypatch.setattr(evict_pack_tpu, "pack_rows_at_once", lambda rows: LANES)
+    slots, window = 8 * LANES, 3 * LANES
+    x = make(4, [[10, 900, 50, 64]], slots, window, scores="spread")
+    shape = 1, slots + 4 * window, LANES
+    pool, new = np.split(any_bytes(5, ml_dtypes.bfloat16, *shape), [slots], axis=1)
+    keep = survivors(x, slots, 1)
+    if not in_order:
+        from_the_end = lambda first, size: jnp.arange(first.shape[1], dtype=jnp.int32)[None, ::-1]
+        monkeypatch.setattr(module, "order_of_parts", from_the_end)
+    got, _ = pack(module, x, keep, pool, new)
+    assert (got.tobytes() == packed(x, keep, pool, new)[0].tobytes()) == in_order
+    if module is evict_pack_tpu:
+        assert ("RACE" in capsys.readouterr().out) == (not in_order)
 
 
 scores = st.floats(width=32, allow_nan=False, allow_subnormal=False) | st.sampled_from(
