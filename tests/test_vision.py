@@ -2,31 +2,30 @@
 
 import base64
 import json
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from vision_goldens import CASES, GOLDEN, MODELS, needs_goldens, recorded, texts
+from vision_goldens import (
+    CASES,
+    GOLDEN,
+    MODELS,
+    NAMES,
+    VISION,
+    film,
+    media_of,
+    needs_goldens,
+    processor_of,
+    recorded,
+    still,
+    texts,
+)
 
 from retention_jax.config import VisionConfig
 from retention_jax.text import chat, tokenizer
 from retention_jax.vision import clips, messages, pixels, processor, prompt
 from retention_jax.vision.clips import Sampling
 from retention_jax.vision.pixels import Limits
-
-IDS: Any = dict(image_token=386, video_token=387, start_token=383, end_token=384)
-SIZES: Any = dict(depth=4, width=32, num_heads=2, mlp_width=56, out_width=64)
-VISION = {
-    "q3": VisionConfig("qwen3_vl", **SIZES, patch=16, **IDS, position_side=8, deepstack=(0, 1, 3)),
-    "q25": VisionConfig("qwen2_5_vl", **SIZES, patch=14, **IDS, window=56, full_blocks=(1, 3), ticks_per_second=2.0),
-}
-NAMES = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-
-
-def processor_of(name: str) -> processor.Processor:
-    found = processor.read(GOLDEN / f"{name}_model", VISION[name])
-    return found if name == "q3" else found._replace(clips=Limits(3136, 6272))
 
 
 @needs_goldens
@@ -51,27 +50,6 @@ def test_time_of_clips():
         tokens = np.full(16, 387, np.int32)
         shift, _, _ = prompt.positions(tokens, cfg, [], [(16, 2, 2)], [step])
         assert (shift[0] + np.arange(16)).tolist() == want
-
-
-def still(name: str, i: int) -> prompt.Patches:
-    """Picture i of the goldens, as it is recorded there."""
-    stored = recorded(f"{name}_pixels")
-    t, h, w = stored["images/grid"][i].tolist()
-    first = stored["images/grid"][:i].prod(axis=1).sum()
-    return prompt.Patches(stored["images/pixel_values"][first : first + t * h * w], (t, h, w), [], 0.0)
-
-
-def media_of(name: str, case: str) -> list[prompt.Patches]:
-    """Pictures and clips of a case, in their order in the text: clips come first where there are both."""
-    cases = recorded(f"{name}_prompts")
-    films = [processor.clip(processor_of(name), film(name)) for _ in cases[f"{case}/videos"]]
-    return films + [still(name, i) for i in cases[f"{case}/images"].tolist()]
-
-
-def film(name: str) -> clips.Clip:
-    stored = recorded(f"{name}_pixels")
-    times = (stored["video/indices"] / stored["video/fps"]).tolist()
-    return clips.of_pictures([*stored["video/frames"]], times, duration=325 / 25)
 
 
 @needs_goldens

@@ -15,7 +15,7 @@ from retention_jax.cache.buffer import Buffer, by_layout
 from retention_jax.parallel import sharding
 
 Row = int | Int[Array, ""]
-_ARRAYS = ("pool", "offset", "recent", "recent_len", "seen", "queries")
+_ARRAYS = ("pool", "offset", "recent", "recent_len", "seen", "queries", "shift")
 
 
 def take_row(buffer: Buffer, row: Row) -> Buffer:

@@ -68,6 +68,8 @@ ACTIVATIONS = {
     "heads": P(ROWS, "context", "tensor", None),  # B T N H
     "attending": P(ROWS, None, HEADS, None),  # B T N H
     "log_beta": P(ROWS, "tensor", "context"),  # B K T
+    "patches": P(ROWS, None, None),  # B P D: of a tower; along `context` every device sees all
+    "looking": P(ROWS, None, "tensor", None),  # B P N H: of a tower
     "cached": P(ROWS, None, None, None),  # B T K H: new entries; every device that has their sequence gets all of them
     "scoring": P(ROWS, HEADS, None),  # B K T, B L*K T: beside attention, and for the retention mass
     "scores": P(None, None),  # B T: numbers about tokens, for the host to read

@@ -1,0 +1,81 @@
+"""Towers, positions and eviction of vision-language models: the public implementations' arrays on tiny models."""
+
+import functools
+
+import numpy as np
+import pytest
+from helpers import assert_close
+from vision_goldens import CASES, GOLDEN, MODELS, media_of, needs_goldens, recorded
+
+import retention_jax as rj
+from retention_jax.models import vision as towers
+from retention_jax.vision import prompt, sight
+
+pytestmark = needs_goldens
+
+
+@functools.cache
+def model_of(name: str) -> rj.Decoder:
+    return rj.load(GOLDEN / f"{name}_model", gates=GOLDEN / f"{name}_gate", dtype="float32")
+
+
+@functools.cache
+def prompt_of(name: str, case: str) -> prompt.Prompt:
+    vision = model_of(name).config.vision
+    assert vision is not None
+    return prompt.assemble(recorded(f"{name}_prompts")[f"{case}/ids"], media_of(name, case), vision)
+
+
+@functools.cache
+def seen(name: str, what: str):
+    """The tower's input for `images` or `video`, alone, and all that comes of it."""
+    vision, stored = model_of(name).config.vision, recorded(f"{name}_pixels")
+    assert vision is not None
+    grids = tuple(tuple(g) for g in np.atleast_2d(stored[f"{what}/grid"]).tolist())
+    no_text = np.zeros(0, np.int32)
+    whole = prompt.Prompt(no_text, np.zeros((3, 0), np.int32), 0, no_text, stored[f"{what}/pixel_values"], grids)
+    return whole, *sight.of_prompts([whole], vision)
+
+
+@pytest.mark.parametrize("what", ("images", "video"))
+@pytest.mark.parametrize("name", MODELS)
+def test_tower(name, what):
+    want, tower = recorded(f"{name}_vision"), model_of(name).vision
+    whole, seen_patches, spans = seen(name, what)
+    count = len(whole.pixels)
+    np.testing.assert_array_equal(seen_patches.place[0, :count], want[f"{what}/row_column"])
+    starts = np.flatnonzero(np.diff(seen_patches.frames.ids[0, :count], prepend=-1, append=-1))
+    np.testing.assert_array_equal(starts, want[f"{what}/cu_seqlens"])
+    features, deepstack = towers.see(tower, seen_patches, spans)
+    assert_close(features[0, : count // 4], want[f"{what}/merged"], 2e-4)
+    assert len(deepstack) == len(want.get(f"{what}/deepstack", ()))
+    embedded = towers.embed(tower, seen_patches)
+    if name == "q3":
+        assert_close(deepstack[:, 0, : count // 4], want[f"{what}/deepstack"], 2e-4)
+        at = towers.positions(tower.positions[...], seen_patches)
+        assert_close(at[0, :count], want[f"{what}/pos_embed"], 1e-5)
+        embedded = embedded - at
+        np.testing.assert_array_equal(seen_patches.corners[0, :count], want[f"{what}/pos_index"])
+        np.testing.assert_allclose(seen_patches.weights[0, :count], want[f"{what}/pos_weight"], atol=1e-5)
+    assert_close(embedded[0, :count], want[f"{what}/patch_embed"], 2e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_windows_are_those_of_the_permutation(name):
+    if name == "q3":
+        pytest.skip("has no windows")
+    want = recorded("q25_vision")
+    for what in ("images", "video"):
+        whole, seen_patches, _ = seen(name, what)
+        of_units = seen_patches.windows.ids[0, : len(whole.pixels) : 4][want[f"{what}/window_index"]]
+        ends = np.flatnonzero(np.diff(of_units, prepend=-1, append=-1)) * 4
+        np.testing.assert_array_equal(ends, want[f"{what}/cu_window_seqlens"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_log_beta(name):
+    want, gates = recorded(f"{name}_prompts"), recorded(f"{name}_gates")
+    for case in CASES:
+        logits, log_beta = model_of(name)(prompt_of(name, case))
+        assert_close(logits[0], want[f"{case}/logits"], 2e-4)
+        np.testing.assert_allclose(log_beta[0], gates[f"{case}/log_beta"], rtol=1e-4, atol=1e-7)
