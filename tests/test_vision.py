@@ -22,6 +22,7 @@ from vision_goldens import (
 )
 
 from retention_jax.config import VisionConfig
+from retention_jax.generation import pictures
 from retention_jax.text import chat, tokenizer
 from retention_jax.vision import clips, messages, pixels, processor, prompt
 from retention_jax.vision.clips import Sampling
@@ -115,7 +116,7 @@ def test_messages(tok, case):
     split = messages.split([{"role": "user", "content": content}], tok, made)
     text = chat.render(tok, split.messages, add_generation_prompt=True)
     assert text == texts("q3")[case]["template"]
-    got, want = messages.encode(tok, VISION["q3"], text, split.media), recorded("q3_prompts")
+    got, want = pictures.encoded(tok, VISION["q3"], text, split.media), recorded("q3_prompts")
     np.testing.assert_array_equal(got.tokens, want[f"{case}/ids"])
     np.testing.assert_array_equal(got.shift + np.arange(len(got.tokens)), want[f"{case}/position_ids"])
 

@@ -79,3 +79,44 @@ def test_logits_and_log_beta(name):
         logits, log_beta = model_of(name)(prompt_of(name, case))
         assert_close(logits[0], want[f"{case}/logits"], 2e-4)
         np.testing.assert_allclose(log_beta[0], gates[f"{case}/log_beta"], rtol=1e-4, atol=1e-7)
+
+
+RUNS = {"b1": dict(recent=1), "b4": dict(recent=4), "chunk16": dict(recent=1, prefill_chunk=16)}
+OF_RUNS = [
+    (name, case, run)
+    for name, cases in (("q3", ("two", "mixed", "turns")), ("q25", ("two", "clip")))
+    for case in cases
+    for run in (*RUNS, "plus_text")
+]
+
+
+@pytest.mark.parametrize("name, case, run", OF_RUNS)
+def test_kept_sets_and_logits_of_every_step(name, case, run):
+    """The budget as recorded; with it, prompts at once and in chunks that cut pictures in two, then 12 tokens."""
+    gates, greedy = recorded(f"{name}_gates"), recorded(f"{name}_prompts")[f"{case}/greedy"]
+    budget, recent, chunk = gates[f"{case}/{run}/budget"].tolist()
+    cache = rj.CacheConfig(budget=budget, recent=recent, prefill_chunk=chunk or None)
+    whole, model = prompt_of(name, case), model_of(name)
+    kept = np.unpackbits(gates[f"{case}/{run}/kept"], axis=-1, count=len(whole.tokens) + 12)
+    first = kept.shape[0] - 12 - 1  # the step that ends the prompt
+    logits, buffer = rj.prefill(model, whole, cache)
+    for step in range(first, first + 13):
+        if step > first:
+            logits, buffer = rj.decode(model, greedy[step - first - 1 :][:1], buffer)
+        assert_close(logits[0], gates[f"{case}/{run}/logits"][step], 2e-4)
+        got = [[p.tolist() for p in heads] for heads in buffer.positions(0)]
+        assert got == [[np.flatnonzero(head).tolist() for head in heads] for heads in kept[step]], f"step {step}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens(name):
+    """Of all cases in one ragged batch, with pictures and without, at once and in chunks, with a full cache."""
+    want, model = recorded(f"{name}_prompts"), model_of(name)
+    rows = [prompt_of(name, case) if case != "text" else want["text/ids"].tolist() for case in CASES]
+    for chunk in (None, 16):
+        full = rj.CacheConfig(budget=200, recent=16, prefill_chunk=chunk)
+        out = rj.generate(model, rows, full, max_new_tokens=12)
+        assert out.tokens == [want[f"{case}/greedy"].tolist() for case in CASES]
+    case = "two"
+    got = rj.generate(model, [prompt_of(name, case)], rj.CacheConfig(budget=8, recent=1), max_new_tokens=12)
+    assert got.tokens == [recorded(f"{name}_gates")[f"{case}/b1_greedy/tokens"].tolist()]

@@ -13,7 +13,7 @@ from retention_jax.models.vision import Vision
 from retention_jax.parallel import sharding
 from retention_jax.runtime.arrays import AnyArray
 from retention_jax.vision import sight
-from retention_jax.vision.prompt import Prompt
+from retention_jax.vision.prompt import Prompt, text_prompt
 
 Row = Sequence[int] | Prompt  # one prompt: token ids, or with pictures
 
@@ -62,7 +62,7 @@ def of_rows(rows: Sequence[Row], width: int, tower: Vision | None) -> Inputs:
         return Inputs(tokens, valid)
     if tower is None:
         raise ValueError("the prompt has pictures, but the model has no vision tower")
-    prompts = [row if isinstance(row, Prompt) else _text(row, tower) for row in rows]
+    prompts = [row if isinstance(row, Prompt) else text_prompt(row, tower.config.patch_size) for row in rows]
     pad = lambda name, value: np.stack(
         [
             np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])], constant_values=value)
@@ -74,13 +74,6 @@ def of_rows(rows: Sequence[Row], width: int, tower: Vision | None) -> Inputs:
     features, deepstack = towers.see(tower, seen, spans)
     next_shift = np.asarray([prompt.next_shift for prompt in prompts], np.int32)
     return Inputs(tokens, valid, Visual(pad("shift", 0), next_shift, pad("feature", -1), features, deepstack))
-
-
-def _text(tokens: Sequence[int], tower: Vision) -> Prompt:
-    """A row without pictures, beside others that have some."""
-    ids, size = np.asarray(tokens, np.int32), tower.config.patch_size
-    nowhere = np.full(len(ids), -1, np.int32)
-    return Prompt(ids, np.zeros((3, len(ids)), np.int32), 0, nowhere, np.zeros((0, size), np.float32), ())
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray], width: int) -> Int[np.ndarray, "B width"]:

@@ -12,7 +12,6 @@ Content is a text, or a list of parts in the order in which they are read:
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from retention_jax.config import VisionConfig
 from retention_jax.text.chat import Message
 from retention_jax.text.tokenizer import Tokenizer
 from retention_jax.vision import clips, prompt
@@ -30,13 +29,6 @@ class Split(NamedTuple):
     media: list[Patches]
 
 
-def holds_media(messages: Sequence[Message]) -> bool:
-    """Whether any message has a picture or a clip."""
-    contents = [m.get("content") for m in messages if isinstance(m, Mapping)]
-    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
-    return any(isinstance(part, Mapping) and part.get("type") in (*_PICTURES, "video") for part in parts)
-
-
 def split(messages: Sequence[Message], tokenizer: Tokenizer, processor: Processor) -> Split:
     """Opens the pictures and clips of messages.
 
@@ -45,7 +37,7 @@ def split(messages: Sequence[Message], tokenizer: Tokenizer, processor: Processo
         `clips.read` do; with the message and the part.
       ImportError: as `clips.read` does.
     """
-    marks = names(tokenizer, processor.vision)[:2]
+    marks = prompt.names(tokenizer.backend.id_to_token, processor.vision)[:2]
     plain: list[Message] = []
     media: list[Patches] = []
     for m, message in enumerate(messages):
@@ -102,36 +94,3 @@ def _check_text(text: str, marks: Sequence[str], where: str) -> None:
     """A placeholder that somebody typed would be read as a picture's."""
     if found := [mark for mark in marks if mark in text]:
         raise ValueError(f"{where} has {found[0]}, which stands for a picture or clip and cannot be text")
-
-
-def names(tokenizer: Tokenizer, vision: VisionConfig) -> tuple[str, str, str, str]:
-    """Texts of the image and video placeholders, and of what stands before and after them.
-
-    Raises:
-      ValueError: when the tokenizer lacks one.
-    """
-    ids = (vision.image_token, vision.video_token, vision.start_token, vision.end_token)
-    image, video, start, end = (tokenizer.backend.id_to_token(i) for i in ids)
-    if None in (image, video, start, end):
-        raise ValueError(f"{tokenizer.where}: the tokenizer lacks one of the tokens {ids} that config.json names")
-    return image, video, start, end  # pyright: ignore[reportReturnType]
-
-
-def encode(
-    tokenizer: Tokenizer, vision: VisionConfig, text: str, media: Sequence[Patches], *, more: bool = False
-) -> prompt.Prompt:
-    """The prompt of a rendered template and its media.
-
-    Args:
-      tokenizer: of the checkpoint.
-      vision: of the checkpoint.
-      text: has one placeholder for each of `media`.
-      media: pictures and clips.
-      more: whether the text goes on from an earlier one, as in `Tokenizer.encode_more`.
-
-    Raises:
-      ValueError: as `prompt.expand` and `prompt.assemble` do.
-    """
-    text = prompt.expand(text, media, vision, names(tokenizer, vision))
-    tokens = tokenizer.encode_more(text) if more else tokenizer.encode(text, bos=False)
-    return prompt.assemble(tokens, media, vision)

@@ -8,7 +8,7 @@ difference.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,9 +43,29 @@ class Prompt(NamedTuple):
     grids: tuple[Grid, ...]  # of each picture and clip, in the order of their patches
 
 
+def text_prompt(tokens: Sequence[int], patch_size: int) -> Prompt:
+    """A prompt without pictures."""
+    ids = np.asarray(tokens, np.int32)
+    nothing = np.zeros((0, patch_size), np.float32)
+    return Prompt(ids, np.zeros((3, len(ids)), np.int32), 0, np.full(len(ids), -1, np.int32), nothing, ())
+
+
 def features_of(grid: Grid, vision: VisionConfig) -> int:
     """How many features, and so placeholders, a picture or clip has."""
     return math.prod(grid) // vision.merge**2
+
+
+def names(text_of: Callable[[int], str | None], vision: VisionConfig) -> tuple[str, str, str, str]:
+    """Texts of the image and video placeholders, and of what stands before and after them.
+
+    Raises:
+      ValueError: when the tokenizer, whose `text_of` a token is asked, lacks one.
+    """
+    ids = (vision.image_token, vision.video_token, vision.start_token, vision.end_token)
+    image, video, start, end = map(text_of, ids)
+    if image is None or video is None or start is None or end is None:
+        raise ValueError(f"the tokenizer lacks one of the tokens {', '.join(map(str, ids))} that config.json names")
+    return image, video, start, end
 
 
 def expand(text: str, media: Sequence[Patches], vision: VisionConfig, names: tuple[str, str, str, str]) -> str:
