@@ -60,13 +60,10 @@ def test_tower(name, what):
     assert_close(embedded[0, :count], want[f"{what}/patch_embed"], 2e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_windows_are_those_of_the_permutation(name):
-    if name == "q3":
-        pytest.skip("has no windows")
+def test_windows_are_those_of_the_permutation():
     want = recorded("q25_vision")
     for what in ("images", "video"):
-        whole, seen_patches, _ = seen(name, what)
+        whole, seen_patches, _ = seen("q25", what)
         of_units = seen_patches.windows.ids[0, : len(whole.pixels) : 4][want[f"{what}/window_index"]]
         ends = np.flatnonzero(np.diff(of_units, prepend=-1, append=-1)) * 4
         np.testing.assert_array_equal(ends, want[f"{what}/cu_window_seqlens"])
@@ -74,23 +71,29 @@ def test_windows_are_those_of_the_permutation(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_log_beta(name):
+    """Of all cases in one batch, padded behind."""
     want, gates = recorded(f"{name}_prompts"), recorded(f"{name}_gates")
-    for case in CASES:
-        logits, log_beta = model_of(name)(prompt_of(name, case))
-        assert_close(logits[0], want[f"{case}/logits"], 2e-4)
-        np.testing.assert_allclose(log_beta[0], gates[f"{case}/log_beta"], rtol=1e-4, atol=1e-7)
+    rows = [prompt_of(name, case) for case in CASES]
+    logits, log_beta = model_of(name)(rows)
+    for i, (case, row) in enumerate(zip(CASES, rows, strict=True)):
+        length = len(row.tokens)
+        assert_close(logits[i, :length], want[f"{case}/logits"], 2e-4)
+        np.testing.assert_allclose(log_beta[i, ..., :length], gates[f"{case}/log_beta"], rtol=1e-4, atol=1e-7)
 
 
-RUNS = {"b1": dict(recent=1), "b4": dict(recent=4), "chunk16": dict(recent=1, prefill_chunk=16)}
-OF_RUNS = [
-    (name, case, run)
-    for name, cases in (("q3", ("two", "mixed", "turns")), ("q25", ("two", "clip")))
-    for case in cases
-    for run in (*RUNS, "plus_text")
-]
+QUICK = ("q3", "mixed", "chunk16"), ("q25", "clip", "chunk16")
+many = pytest.mark.slow(reason="the same at other budgets and prompts, each a program of its own")
 
 
-@pytest.mark.parametrize("name, case, run", OF_RUNS)
+@pytest.mark.parametrize(
+    "name, case, run",
+    [
+        pytest.param(name, case, run, marks=() if (name, case, run) in QUICK else many)
+        for name, cases in (("q3", ("two", "mixed", "turns")), ("q25", ("two", "clip")))
+        for case in cases
+        for run in ("b1", "b4", "chunk16", "plus_text")
+    ],
+)
 def test_kept_sets_and_logits_of_every_step(name, case, run):
     """The budget as recorded; with it, prompts at once and in chunks that cut pictures in two, then 12 tokens."""
     gates, greedy = recorded(f"{name}_gates"), recorded(f"{name}_prompts")[f"{case}/greedy"]
@@ -108,6 +111,7 @@ def test_kept_sets_and_logits_of_every_step(name, case, run):
         assert got == [[np.flatnonzero(head).tolist() for head in heads] for heads in kept[step]], f"step {step}"
 
 
+@many
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens(name):
     """Of all cases in one ragged batch, with pictures and without, at once and in chunks, with a full cache."""
