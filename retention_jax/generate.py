@@ -195,7 +195,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if not values["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     writer = make_writer(values)
-    shown = [{"type": kind, kind: path} for kind in ("image", "video") for path in values[kind].value]
+    shown = [{"type": kind, kind: path} for kind in ("image", "video") for path in values[kind].value or ()]
     if values.chat:
         totals = conversation.converse(writer, _typed_lines(), _write, shown)
     elif values.prompts is not None:

@@ -88,8 +88,9 @@ def _row(vision: VisionConfig | None, fields: Mapping[str, Any]) -> Prompt:
             )
         pixels.append(found)
         grids.append([(int(t), int(h), int(w)) for t, h, w in shape])
+    pictures, clips = grids
     seconds = given.get("second_per_grid_ts", np.zeros(0)).reshape(-1).tolist()
-    return prompt.of_pixels(ids, vision, np.concatenate(pixels), *grids, seconds)
+    return prompt.of_pixels(ids, vision, np.concatenate(pixels), pictures, clips, seconds)
 
 
 def read_messages(

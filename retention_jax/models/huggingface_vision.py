@@ -175,25 +175,26 @@ def tower_places(cfg: VisionConfig, prefix: str) -> list[tuple[str, Place]]:
             (f"{prefix}patch_embed.proj.bias", Place(("vision", "patch_bias"), None, "same")),
             (f"{prefix}pos_embed.weight", Place(("vision", "positions"), None, "same")),
         ]
-    mlp = ("linear_fc1", "linear_fc2") if plain else ("up_proj", "down_proj")
+    up, down = ("linear_fc1", "linear_fc2") if plain else ("up_proj", "down_proj")
     per_block: list[tuple[str, str, Layout, tuple[int, int] | None]] = [
         ("norm1.weight", "attention_norm", "same", None),
         ("norm2.weight", "mlp_norm", "same", None),
         ("attn.proj.weight", "o", "out", None),
         ("attn.proj.bias", "o_bias", "same", None),
+        (f"mlp.{up}.weight", "up_proj", "in", None),
+        (f"mlp.{up}.bias", "up_bias", "same", None),
+        (f"mlp.{down}.weight", "down_proj", "in", None),
+        (f"mlp.{down}.bias", "down_bias", "same", None),
     ]
     for i, field in enumerate("qkv"):
         per_block.append(("attn.qkv.weight", field, "in", (i * D, 3 * D)))
         per_block.append(("attn.qkv.bias", f"{field}_bias", "flat", (i * D, 3 * D)))
     if plain:
-        per_block += [
-            (f"norm{i}.bias", f"{name}_norm_bias", "same", None) for i, name in ((1, "attention"), (2, "mlp"))
-        ]
-    for name, field in (*zip(mlp, ("up", "down"), strict=True), *([] if plain else [("gate_proj", "gate")])):
-        per_block += [
-            (f"mlp.{name}.weight", f"{field}_proj", "in", None),
-            (f"mlp.{name}.bias", f"{field}_bias", "same", None),
-        ]
+        per_block.append(("norm1.bias", "attention_norm_bias", "same", None))
+        per_block.append(("norm2.bias", "mlp_norm_bias", "same", None))
+    else:
+        per_block.append(("mlp.gate_proj.weight", "gate_proj", "in", None))
+        per_block.append(("mlp.gate_proj.bias", "gate_bias", "same", None))
     for i in range(cfg.depth):
         for name, field, layout, rows in per_block:
             places.append((f"{prefix}blocks.{i}.{name}", Place(("vision", "blocks", field), i, layout, rows)))
@@ -207,8 +208,11 @@ def _merger_places(prefix: str, path: tuple[str, ...], layer: int | None, plain:
     norm, up, down = ("norm", "linear_fc1", "linear_fc2") if plain else ("ln_q", "mlp.0", "mlp.2")
     fields: list[tuple[str, str, Layout]] = [
         (f"{norm}.weight", "norm", "same"),
-        *([(f"{norm}.bias", "norm_bias", "same")] if plain else []),
+        (f"{up}.weight", "up_proj", "in"),
+        (f"{up}.bias", "up_bias", "same"),
+        (f"{down}.weight", "down_proj", "in"),
+        (f"{down}.bias", "down_bias", "same"),
     ]
-    for name, field in ((up, "up"), (down, "down")):
-        fields += [(f"{name}.weight", f"{field}_proj", "in"), (f"{name}.bias", f"{field}_bias", "same")]
+    if plain:
+        fields.append((f"{norm}.bias", "norm_bias", "same"))
     return [(prefix + name, Place((*path, field), layer, layout)) for name, field, layout in fields]

@@ -110,6 +110,7 @@ def _of_folder(index: pathlib.Path) -> Clip:
 def _of_film(path: pathlib.Path, sampling: Sampling) -> Clip:
     try:
         import av
+        from av.error import FFmpegError
     except ImportError as error:
         message = f"{path}: films need PyAV, of the extra retention_jax[video]; a folder of frames does not"
         raise ImportError(message) from error
@@ -125,7 +126,7 @@ def _of_film(path: pathlib.Path, sampling: Sampling) -> Clip:
             raise ValueError("does not tell how many frames it has, or how many a second")
         wanted = frames_wanted(total, per_second, sampling)
         frames = _decoded(av, path, wanted)
-    except av.error.FFmpegError as error:
+    except FFmpegError as error:
         raise ValueError(f"cannot be read as a film: {error}") from None
     times = [i / per_second for i in wanted[: len(frames)]]
     return of_pictures(frames, times, duration=total / per_second)
