@@ -30,10 +30,8 @@ def packed(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, Visual]:
     ids, segments = want["ids"], want["segment_ids"]
     vision, tower = model.config.vision, model.vision
     assert vision is not None and tower is not None
-    docs = [
-        prompt.assemble(ids[segments == i + 1], media_of(name, str(case)), vision)
-        for i, case in enumerate(want["docs"])
-    ]
+    cases = enumerate(map(str, want["docs"]), 1)
+    docs = [prompt.assemble(ids[segments == i], media_of(name, case), vision) for i, case in cases]
     units = np.cumsum([0, *(len(doc.pixels) // 4 for doc in docs)])
     feature = [np.where(doc.feature < 0, -1, doc.feature + first) for doc, first in zip(docs, units, strict=False)]
     padding = len(ids) - sum(len(doc.tokens) for doc in docs)
