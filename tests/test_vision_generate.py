@@ -118,6 +118,7 @@ def test_messages_of_a_folder(folder):
     np.testing.assert_array_equal(plain.tokens, recorded("q3_prompts")["text/ids"])
 
 
+@pytest.mark.slow  # many programs; the next test has turns too
 def test_three_turns_with_pictures_are_one_text(writer):
     """Turn by turn, each with a new picture, on one buffer; and all at once, where nothing is evicted."""
     model, vision = writer.model, writer.model.config.vision

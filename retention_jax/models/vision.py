@@ -23,6 +23,7 @@ from retention_jax.parallel import sharding
 from retention_jax.vision.sight import BLOCK, Segments, Sight, Spans
 
 _EPS, _THETA = 1e-6, 10_000.0
+_KEYS = 2**14  # that blocks of queries read at one time, if one block needs fewer
 
 
 class _Weights:
@@ -188,7 +189,7 @@ def _attend(
     segments: Segments,
     span: int,
 ) -> Float[Array, "B P N H"]:
-    """Attention within segments, a block of queries at a time, each over `span` keys."""
+    """Attention within segments, some blocks of queries at a time, each over `span` keys."""
     B, P = q.shape[:2]
     ids, first = jnp.asarray(segments.ids), jnp.asarray(segments.first)
 
@@ -200,7 +201,8 @@ def _attend(
         return jax.nn.dot_product_attention(q, cut(k), cut(v), mask=mask)
 
     by_block = lambda a: a.reshape(B, P // BLOCK, BLOCK, *a.shape[2:]).swapaxes(0, 1)
-    out = jax.lax.map(one_block, (by_block(q), by_block(ids), first.T))
+    together = min(max(_KEYS // (B * span), 1), P // BLOCK)  # where ranges are short, as in clips and windows
+    out = jax.lax.map(one_block, (by_block(q), by_block(ids), first.T), batch_size=together)
     return out.swapaxes(0, 1).reshape(q.shape)
 
 
