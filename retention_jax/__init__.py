@@ -9,6 +9,7 @@ out = rj.generate(model, prompts, cache, max_new_tokens=256)
 from retention_jax.cache import Buffer, insert_row, load_buffer, reset_row, save_buffer, take_row
 from retention_jax.config import CacheConfig, GateConfig, LossConfig, ModelConfig, TrainConfig
 from retention_jax.generation.decoding import decode, prefill
+from retention_jax.generation.pictures import inputs, read_messages
 from retention_jax.generation.runs import Output, generate
 from retention_jax.generation.scoring import score_stream
 from retention_jax.models.decoder import Decoder
@@ -28,11 +29,13 @@ __all__ = [
     "TrainConfig",
     "decode",
     "generate",
+    "inputs",
     "insert_row",
     "load",
     "load_buffer",
     "losses",
     "prefill",
+    "read_messages",
     "reset_row",
     "save_backbone",
     "save_buffer",

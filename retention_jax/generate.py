@@ -3,6 +3,7 @@
     python -m retention_jax.generate --model=FOLDER --gates=FOLDER --budget=512 --prompt="Why is the sky blue?"
     python -m retention_jax.generate --model=FOLDER --gates=FOLDER --budget=512 --prompts=in.jsonl --output=out.jsonl
     python -m retention_jax.generate --model=FOLDER --gates=FOLDER --budget=512 --chat
+    python -m retention_jax.generate --model=FOLDER --gates=FOLDER --budget=512 --image=FILE --prompt="What is this?"
 
 Text goes to standard output as it comes, a closing line about speed and memory to standard error. One process does it
 all, on one device or, with --mesh=tensor:8, on all of its devices. No module imports this one, whose name is that of a
@@ -23,11 +24,12 @@ from jax.sharding import Mesh
 from retention_jax.config import MeshConfig
 from retention_jax.generation import cache_flags, conversation, prompt_files
 from retention_jax.generation.conversation import Totals, Writer
-from retention_jax.models import weights
+from retention_jax.models import huggingface, weights
 from retention_jax.parallel import sharding
 from retention_jax.policies.table import POLICIES
 from retention_jax.runtime import command, hub
 from retention_jax.text import tokenizer
+from retention_jax.vision import processor
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -42,9 +44,12 @@ def define_flags(values: flags.FlagValues) -> None:
     text("mesh", "", "Axes and sizes, data:2,tensor:4, that multiply to the number of devices; empty for one device.")
 
     text("prompt", None, "Text to continue.")
+    shown = "Shown before --prompt's text, or what is said first in --chat; can be given several times."
+    flags.DEFINE_multi_string("image", [], f"A picture. {shown}", flag_values=values)
+    flags.DEFINE_multi_string("video", [], f"A film, or a folder of frames. {shown}", flag_values=values)
     text("prompts", None, "JSON lines with `prompt` or `messages`; goes with --output.")
     text("output", None, "JSON lines to write; goes on where an earlier run was stopped.")
-    switch("chat", False, "Converse: one line, one turn. /reset forgets, /exit ends, Ctrl-C ends a reply.")
+    switch("chat", False, "Converse: one line, one turn. /image PATH shows, /reset forgets, /exit ends.")
     number("batch_size", 8, "Prompts of a file read together.")
 
     switch("raw", False, "Prompts are plain text, without the chat template.")
@@ -73,12 +78,17 @@ def make_writer(values: flags.FlagValues) -> Writer:
     sources = [name for name in ("prompt", "prompts", "chat") if values[name].value not in (None, False)]
     if len(sources) != 1 or (values.output is None) != (values.prompts is None):
         raise ValueError("give one of --prompt, --chat, or --prompts together with --output")
-    if values.chat and values.raw:
-        raise ValueError("--chat goes through the chat template, which --raw leaves out")
+    if values.raw and (values.chat or values.image or values.video):
+        raise ValueError("--chat, --image and --video go through the chat template, which --raw leaves out")
+    if values.prompts is not None and (values.image or values.video):
+        raise ValueError("--image and --video go with --prompt or --chat; lines of --prompts have messages with parts")
     cache = cache_flags.read(values)
     mesh = make_mesh(values)
     folder = hub.resolve(values.model)
     tok = tokenizer.load(folder)  # before the weights: what is wrong with it shows at once
+    vision = huggingface.read_model_config(folder, values.dtype).vision
+    if vision is None and (values.image or values.video):
+        raise ValueError(f"--image and --video need a model with a vision tower, which {folder} has not")
     writer = Writer(
         model=weights.load(folder, values.gates, values.dtype, mesh=mesh),
         tokenizer=tok,
@@ -92,6 +102,7 @@ def make_writer(values: flags.FlagValues) -> Writer:
         system=values.system,
         template_kwargs=_template_kwargs(values),
         control_tokens=values.control_tokens,
+        processor=None if vision is None else processor.read(folder, vision),
     )
     conversation.check(writer)
     if values["seed"].present and not writer.drawing["temperature"] and not POLICIES[cache.policy].seeded:
@@ -155,15 +166,18 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if not values["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     writer = make_writer(values)
+    shown = [{"type": kind, kind: path} for kind in ("image", "video") for path in values[kind].value or ()]
     if values.chat:
-        totals = conversation.converse(writer, _typed_lines(), _write)
+        totals = conversation.converse(writer, _typed_lines(), _write, shown)
     elif values.prompts is not None:
         source, output = (pathlib.Path(path).expanduser() for path in (values.prompts, values.output))
         run = conversation.run_id(writer, {name: values[name].value or "" for name in ("model", "gates", "dtype")})
         prompts = prompt_files.read_prompts(writer, source)
         totals = prompt_files.write_results(writer, prompts, output, values.batch_size, run)
     else:
-        tokens = conversation.prompt_tokens(writer, values.prompt)
+        said = [*shown, {"type": "text", "text": values.prompt}]
+        prompt = [{"role": "user", "content": said}] if shown else values.prompt
+        tokens = conversation.prompt_tokens(writer, prompt)
         totals = Totals().add(conversation.reply(writer, tokens, _write, seed=writer.seed).stats)
         _write("\n")
     print(totals.line(), file=sys.stderr)

@@ -25,7 +25,7 @@ FLOORS = (
     ("kernels",),
     ("policies",),
     ("config",),
-    ("cache",),
+    ("cache", "vision"),
     ("models",),
     ("data", "generation", "training"),
     ("corpus",),

@@ -125,6 +125,7 @@ def _full_buffer(settings: Settings, budget: int, batch: int) -> Buffer:
         recent_len=jnp.full(batch, R, jnp.int32),
         seen=jnp.full(batch, seen + R, jnp.int32),
         queries=None,
+        shift=None,
         windows=None,
         config=rj.CacheConfig(budget=budget, recent=R),
     )

@@ -68,6 +68,8 @@ class Buffer(NamedTuple):
     recent_len: Int[Array, " B"]  # live tokens in `recent`; always the newest ones of the sequence
     seen: Int[Array, " B"]  # tokens processed so far
     queries: Float[Array, "B L Q N H"] | None  # the newest, in a ring, for policies that ask for them
+    # What RoPE's position of the next text token is more than `seen`, after pictures; None for models without M-RoPE.
+    shift: Int[Array, " B"] | None
     windows: Windows | None  # static; None where all layers see everything
     config: CacheConfig  # static
 
@@ -171,6 +173,7 @@ def _empty(model: ModelConfig, cache: CacheConfig, batch: int) -> Buffer:
         recent_len=jnp.zeros(batch, jnp.int32),
         seen=jnp.zeros(batch, jnp.int32),
         queries=jnp.zeros((batch, L, queries, model.num_heads, H), model.dtype) if queries else None,
+        shift=None if model.mrope is None else jnp.zeros(batch, jnp.int32),
         windows=None if model.windows is None else Windows(model.windows),
         config=cache,
     )
@@ -186,7 +189,8 @@ def layout(buffer: Buffer) -> Buffer:
     if buffer.shards != (shards := sharding.shards(*sharding.SLOTS)):
         raise ValueError(f"the buffer was made for {buffer.shards} slot shards, but the mesh has {shards}")
     pool, window = sharding.POOL, sharding.WINDOW
-    return buffer._replace(pool=pool, offset=pool, recent=window, recent_len=window, seen=window, queries=window)
+    rest = {name: window for name in ("recent", "recent_len", "seen", "queries", "shift")}
+    return buffer._replace(pool=pool, offset=pool, **rest)
 
 
 def by_layout(place: Callable[[sharding.P, Any], Any], buffer: Buffer) -> Buffer:

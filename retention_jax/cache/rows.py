@@ -16,7 +16,7 @@ from retention_jax.cache.eviction import evict_full
 from retention_jax.parallel import sharding
 
 Row = int | Int[Array, ""]
-_ARRAYS = ("pool", "offset", "recent", "recent_len", "seen", "queries")
+_ARRAYS = ("pool", "offset", "recent", "recent_len", "seen", "queries", "shift")
 
 
 def take_row(buffer: Buffer, row: Row) -> Buffer:

@@ -17,6 +17,7 @@ from retention_jax.config.cache import CacheConfig
 from retention_jax.config.evaluation import EvalConfig
 from retention_jax.config.model import GateConfig, ModelConfig, RopeScaling, Share
 from retention_jax.config.run import DataConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from retention_jax.config.vision import MRope, VisionConfig
 
 __all__ = [
     "CacheConfig",
@@ -24,10 +25,12 @@ __all__ = [
     "EvalConfig",
     "GateConfig",
     "LossConfig",
+    "MRope",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RopeScaling",
     "Share",
     "TrainConfig",
+    "VisionConfig",
 ]

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from retention_jax.config.checks import check_types, require
+from retention_jax.config.vision import MRope, VisionConfig
 
 Share = Literal["layers", "layers_and_heads", "none"]
 
@@ -73,6 +74,8 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
+    mrope: MRope | None = None  # vision-language models: tokens have three positions
+    vision: VisionConfig | None = None  # their tower
     context: int = 2**20  # tokens that it was made to read; nobody is held to it but benchmarks
     dtype: Literal["float32", "bfloat16"] = "float32"  # backbone weights, activations, cached keys and values
 
@@ -109,6 +112,7 @@ class ModelConfig:
                 f"sliding_layers must be ascending indices below {self.num_layers}, none without a sliding_window, got "
                 f"{self.sliding_layers} and {self.sliding_window}",
             ),
+            *_about_vision(self),
         )
 
     @property
@@ -123,6 +127,29 @@ class ModelConfig:
             return None
         everything = np.iinfo(np.int32).max
         return tuple(self.sliding_window if l in self.sliding_layers else everything for l in range(self.num_layers))
+
+
+def _about_vision(cfg: ModelConfig) -> list[tuple[bool, str]]:
+    """Checks of what only vision-language models have."""
+    mrope, vision, pairs = cfg.mrope, cfg.vision, cfg.rotary_size // 2
+    if mrope is None:
+        return [(vision is None, "vision needs mrope: pictures have positions of three axes")]
+    return [
+        (cfg.rope_scaling is None, f"mrope goes with plain RoPE only, got rope_scaling {cfg.rope_scaling}"),
+        (
+            cfg.partial_rotary_factor == 1,
+            f"mrope turns whole heads, got partial_rotary_factor {cfg.partial_rotary_factor}",
+        ),
+        (sum(mrope.sections) == pairs, f"mrope.sections must sum to head_size / 2 = {pairs}, got {mrope.sections}"),
+        (
+            vision is None or vision.out_width == cfg.width,
+            f"vision.out_width must be the width {cfg.width}, got {vision and vision.out_width}",
+        ),
+        (
+            vision is None or len(vision.deepstack) <= cfg.num_layers,
+            f"vision.deepstack must not have more than the {cfg.num_layers} layers, got {vision and vision.deepstack}",
+        ),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,9 +142,10 @@ class Faithfulness:
         logits, buffer = decoding.prefill(self.model, tokens, cache, lengths=lengths)
         read, hidden = padded(answers, max(map(len, answers))), []
         count = np.array([len(answer) - 1 for answer in answers])  # after its last token nothing is predicted
+        whole = Inputs(read, np.arange(read.shape[1])[None] < count[:, None])
         with sharding.enter_mesh_of(self.model):
             for start in range(0, max(int(count.max()), 1), cache.recent):
-                states, buffer = _read(self.model, chunk_of(read, count, start, cache.recent), buffer)
+                states, buffer = _read(self.model, chunk_of(whole, start, cache.recent), buffer)
                 hidden.append(states)
             return Along(logits, jnp.concatenate(hidden, axis=1)), buffer.nbytes // len(batch)
 

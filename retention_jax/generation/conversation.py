@@ -18,12 +18,14 @@ from absl import logging
 
 from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
-from retention_jax.generation import sampling
+from retention_jax.generation import pictures, sampling
 from retention_jax.generation.runs import generate
 from retention_jax.models.decoder import Decoder
+from retention_jax.models.inputs import Row, ids_of
 from retention_jax.text import chat
 from retention_jax.text.chat import Message
 from retention_jax.text.tokenizer import Tokenizer
+from retention_jax.vision.prompt import Patches
 
 
 class Writer(NamedTuple):
@@ -39,6 +41,7 @@ class Writer(NamedTuple):
     system: str  # system message of prompts that have none; "" adds none
     template_kwargs: dict[str, Any]
     control_tokens: bool = True  # whether text like <|im_end|> in a prompt is the control token; else it is refused
+    processor: Any = None  # a `vision.processor.Processor`, how pictures are prepared; None for models of text
 
 
 def check(writer: Writer) -> None:
@@ -91,11 +94,14 @@ def drawing_settings(generation: Mapping[str, Any], given: Mapping[str, float | 
     return {name: int(value) if name == "top_k" else float(value) for name, value in found.items()}
 
 
+_NOT_SETTINGS = ("model", "tokenizer", "cache", "processor")  # what the names of a run's folders tell, and the cache
+
+
 def run_id(writer: Writer, names: Mapping[str, str]) -> str:
     """A short name of everything that the text depends on beside the prompt; `names` tell the model."""
     values = {
         "cache": dataclasses.asdict(writer.cache),
-        **{name: getattr(writer, name) for name in writer._fields if name not in ("model", "tokenizer", "cache")},
+        **{name: getattr(writer, name) for name in writer._fields if name not in _NOT_SETTINGS},
         **names,
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
@@ -133,8 +139,8 @@ def prompt_tokens(
     *,
     system: str | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
-) -> list[int]:
-    """Tokens of a text, or of the messages before a reply.
+) -> Row:
+    """Tokens of a text, or of the messages before a reply; with their pictures, where they have any.
 
     Args:
       writer: holds the tokenizer and how prompts are written.
@@ -143,10 +149,13 @@ def prompt_tokens(
       tools: JSON schemas of functions, for the template.
 
     Raises:
-      ValueError: when there is nothing to read, and as `chat.render` and `Tokenizer.encode` do.
+      ValueError: when there is nothing to read, and as `chat.render`, `Tokenizer.encode` and `pictures.opened` do.
     """
     if writer.template:
-        ids = writer.tokenizer.encode(prompt_text(writer, prompt, system=system, tools=tools), bos=False)
+        text, media = _rendered(writer, prompt, system, tools)
+        if media:
+            return pictures.encoded(writer.tokenizer, writer.model.config.vision, text, media)
+        ids = writer.tokenizer.encode(text, bos=False)
     else:
         check_control_tokens(writer, [prompt, system])
         if not isinstance(prompt, str) or system or tools:
@@ -166,14 +175,32 @@ def prompt_text(
     system: str | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """What the chat template makes of the messages before a reply; arguments and errors as in `prompt_tokens`."""
+    """What the chat template makes of the messages before a reply; arguments and errors as in `prompt_tokens`.
+
+    Raises ValueError too where the messages have pictures.
+    """
+    text, media = _rendered(writer, prompt, system, tools)
+    if media:
+        raise ValueError("the messages have pictures, which are more than text")
+    return text
+
+
+def _rendered(
+    writer: Writer,
+    prompt: str | Sequence[Message],
+    system: str | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> tuple[str, list[Patches]]:
+    """The text, and the pictures and clips that it has places for."""
     told = [prompt] if isinstance(prompt, str) else [m.get("content") for m in prompt if isinstance(m, Mapping)]
     check_control_tokens(writer, [*told, system])
     messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
     messages = chat.with_system(messages, system) if system else _with_system(writer, messages)
-    return chat.render(
-        writer.tokenizer, messages, add_generation_prompt=True, tools=tools, template_kwargs=writer.template_kwargs
+    plain, media = pictures.opened(writer.tokenizer, writer.processor, messages)
+    text = chat.render(
+        writer.tokenizer, plain, add_generation_prompt=True, tools=tools, template_kwargs=writer.template_kwargs
     )
+    return text, media
 
 
 def check_control_tokens(writer: Writer, texts: Sequence[Any]) -> None:
@@ -200,14 +227,14 @@ class Reply(NamedTuple):
 
 def reply(
     writer: Writer,
-    tokens: Sequence[int],
+    tokens: Row,
     write: Callable[[str], object],
     *,
     seed: int,
     buffer: Buffer | None = None,
 ) -> Reply:
     """Continues one sequence, and hands its text to `write` as it comes, in whole characters; Ctrl-C ends it."""
-    warn_of_length(writer, "prompt", [len(tokens) + (0 if buffer is None else int(np.asarray(buffer.seen)[0]))])
+    warn_of_length(writer, "prompt", [len(ids_of(tokens)) + (0 if buffer is None else int(np.asarray(buffer.seen)[0]))])
     text_of = writer.tokenizer.stream()
     with _interruptible() as interrupted:
 
@@ -251,36 +278,50 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 
 class Conversation(NamedTuple):
-    """The turns until now, and the buffer that holds their tokens, all but the last one."""
+    """The turns until now, without their pixels, and the buffer that holds their tokens, all but the last one."""
 
     messages: list[Message] = []
     last: int = -1
     buffer: Buffer | None = None
 
 
-def turn_tokens(writer: Writer, before: Conversation, text: str) -> tuple[list[Message], list[int]]:
+def turn_tokens(
+    writer: Writer, before: Conversation, content: str | Sequence[Mapping[str, Any]]
+) -> tuple[list[Message], Row]:
     """The messages until the next reply, and those of their tokens that the buffer does not hold yet.
 
+    Args:
+      writer: the model and how it writes.
+      before: the turns until now.
+      content: what the user says: a text, or parts with pictures.
+
     Raises:
-      ValueError: as `chat.render`, `chat.continuation` and `Tokenizer.encode` do.
+      ValueError: as `prompt_tokens` and `chat.continuation` do.
     """
-    check_control_tokens(writer, [text])
-    messages = [*before.messages, {"role": "user", "content": text}]
+    check_control_tokens(writer, [content])
+    new, media = pictures.opened(writer.tokenizer, writer.processor, [{"role": "user", "content": content}])
+    messages = [*before.messages, *new]
     if before.buffer is None:
         messages = _with_system(writer, messages)
-        return messages, prompt_tokens(writer, messages)
+        if not media:
+            return messages, prompt_tokens(writer, messages)
+        text = chat.render(
+            writer.tokenizer, messages, add_generation_prompt=True, template_kwargs=writer.template_kwargs
+        )
+        return messages, pictures.encoded(writer.tokenizer, writer.model.config.vision, text, media)
     closing, after = chat.continuation(
         writer.tokenizer, messages, len(messages) - 2, template_kwargs=writer.template_kwargs
     )
-    tokens = writer.tokenizer.encode_more(closing + after)
     # The closing stands in for the stop token, unless there is none, or the reply was cut off before it.
-    if not (closing and before.last in writer.tokenizer.stop_tokens):
-        tokens = [before.last, *tokens]
-    return messages, tokens
+    begin = [] if closing and before.last in writer.tokenizer.stop_tokens else [before.last]
+    if media:
+        vision = writer.model.config.vision
+        return messages, pictures.encoded(writer.tokenizer, vision, closing + after, media, begin=begin)
+    return messages, [*begin, *writer.tokenizer.encode_more(closing + after)]
 
 
 def take_turn(
-    writer: Writer, before: Conversation, messages: list[Message], tokens: list[int], write: Callable[[str], object]
+    writer: Writer, before: Conversation, messages: list[Message], tokens: Row, write: Callable[[str], object]
 ) -> tuple[Conversation, dict[str, float]]:
     """One turn of a conversation, with what `turn_tokens` gave; only these tokens are read, on top of the buffer."""
     turn = sum(m["role"] == "assistant" for m in messages)
@@ -289,21 +330,32 @@ def take_turn(
     return Conversation(messages, out.tokens[-1], out.buffer), out.stats
 
 
-def converse(writer: Writer, lines: Iterable[str], write: Callable[[str], object]) -> Totals:
+def converse(
+    writer: Writer,
+    lines: Iterable[str],
+    write: Callable[[str], object],
+    shown: Sequence[Mapping[str, Any]] = (),
+) -> Totals:
     """A conversation with whoever writes the lines. `/reset` forgets it, `/exit` ends it, as the end of lines does.
 
-    A line that cannot be read, or that the template refuses, is answered on standard error, and does not count.
+    `/image PATH` and `/video PATH` show something with the next line that is said, before its text; `shown` are such
+    parts for the first one. A line that cannot be read, or that the template refuses, is answered on standard error,
+    and does not count, nor what it showed.
     """
-    totals, conversation = Totals(), Conversation()
+    totals, conversation, shown = Totals(), Conversation(), list(shown)
     for line in map(str.strip, lines):
+        command, _, path = line.partition(" ")
         if line == "/exit":
             break
         if line == "/reset":
-            conversation = Conversation()
+            conversation, shown = Conversation(), []
+        elif command in ("/image", "/video"):
+            shown.append({"type": command[1:], command[1:]: path.strip()})
         elif line:
+            said, shown = [*shown, {"type": "text", "text": line}] if shown else line, []
             try:
-                messages, tokens = turn_tokens(writer, conversation, line)
-            except ValueError as error:
+                messages, tokens = turn_tokens(writer, conversation, said)
+            except (ValueError, ImportError) as error:
                 print(error, file=sys.stderr, flush=True)
                 continue
             conversation, stats = take_turn(writer, conversation, messages, tokens, write)

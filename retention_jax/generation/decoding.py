@@ -18,9 +18,10 @@ from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder, Extended
-from retention_jax.models.inputs import Inputs, chunk_of
+from retention_jax.models.inputs import Inputs, Row, chunk_of
 from retention_jax.parallel import sharding
 from retention_jax.runtime.arrays import AnyArray
+from retention_jax.vision.prompt import Prompt
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,7 +62,10 @@ def read_chunk(
     """
     wanted = queries_wanted(buffer.config, inputs.tokens.shape[1])
     read, valid = decoder.extend(model, inputs, buffer, queries=wanted, length=length), jnp.asarray(inputs.valid)
-    return read, take_in(buffer, read.entries, valid, read.queries, outlook, prompt=prompt)
+    buffer = take_in(buffer, read.entries, valid, read.queries, outlook, prompt=prompt)
+    if inputs.visual is not None and buffer.shift is not None:
+        buffer = buffer._replace(shift=buffer.shift + jnp.asarray(inputs.visual.next_shift))
+    return read, buffer
 
 
 def decode_step(
@@ -91,7 +95,7 @@ def _prefill_chunk(
 @on_its_mesh
 def prefill(
     model: Decoder,
-    tokens: Int[AnyArray, "B T"],
+    tokens: Int[AnyArray, "B T"] | Prompt | Sequence[Row],
     cache: CacheConfig,
     *,
     lengths: Sequence[int] | None = None,
@@ -101,33 +105,42 @@ def prefill(
 
     Args:
       model: the decoder.
-      tokens: prompts, each row's real tokens first.
+      tokens: prompts, each row's real tokens first; or one prompt with pictures, or several.
       cache: what to keep.
-      lengths: real tokens in each row; all T by default. A row of length 0 needs a `buffer` and reads nothing: its
-        logits mean nothing.
+      lengths: real tokens in each row of an array; all T by default. A row of length 0 needs a `buffer` and reads
+        nothing: its logits mean nothing.
       buffer: an earlier turn's buffer, which the prompts continue; it is donated.
 
     Raises:
-      ValueError: on empty prompts, lengths outside [0, T], a buffer of another batch size or configuration, or a batch
-        or budget that does not fit the mesh the model is on.
+      ValueError: on empty prompts, lengths outside [0, T], pictures for a model without a tower, a buffer of another
+        batch size or configuration, or a batch or budget that does not fit the mesh the model is on.
     """
-    B, T = tokens.shape
-    count = np.full(B, T) if lengths is None else np.asarray(lengths)
+    whole = decoder.batch_of(model, tokens)
+    B, T = whole.tokens.shape
+    count = np.asarray(whole.valid).sum(axis=1) if lengths is None else np.asarray(lengths)
     least = 1 if buffer is None else 0
     if T < 1 or count.shape != (B,) or count.min() < least or count.max() > T:
         raise ValueError(f"lengths must be {B} numbers from {least} to T={T}, T at least 1; got {count.tolist()}")
+    return read_prompts(model, whole._replace(valid=np.arange(T)[None] < count[:, None]), cache, buffer)
+
+
+def read_prompts(
+    model: Decoder, whole: Inputs, cache: CacheConfig, buffer: Buffer | None
+) -> tuple[Float[Array, "B V"], Buffer]:
+    """`prefill` of rows that are one value already, on the mesh that was entered; raises what it does of buffers."""
+    B, T = whole.tokens.shape
     held = empty(model.config, cache, B) if buffer is None else buffer
     if held.config != cache or held.seen.shape != (B,):
         raise ValueError(
             f"the buffer to continue must have the batch size and configuration of this call, {B} and {cache}; "
             f"got {held.seen.shape[0]} and {held.config}"
         )
-    chunk = min(cache.prefill_chunk or T, T)
+    chunk, count = min(cache.prefill_chunk or T, T), np.asarray(whole.valid).sum(axis=1)
     last = jnp.zeros((B, model.config.width), model.config.dtype)
     length = held.seen + jnp.asarray(count, jnp.int32)
     for start in range(0, max(int(count.max()), 1), chunk):
         # Every chunk has one shape, so that one compiled program reads a prompt of any length.
-        last, held = _prefill_chunk(model, chunk_of(tokens, count, start, chunk), held, last, length)
+        last, held = _prefill_chunk(model, chunk_of(whole, start, chunk), held, last, length)
     return _unembed(model, last), held
 
 

@@ -3,7 +3,8 @@
 A line of the first is an object with `prompt`, a text, or `messages`, the turns before a reply; `system`, a text, and
 `tools`, JSON schemas of functions, go to the chat template. A line of the second is
 the same object with the fields of `RESULT_FIELDS`. Lines come in the order in which batches finish. A run that was
-killed goes on when it is started again: finished rows are not computed twice.
+killed goes on when it is started again: finished rows are not computed twice. Messages may hold pictures and clips
+(`vision/messages.py`), whose paths count from where the command is run.
 """
 
 import json
@@ -15,9 +16,11 @@ import tqdm
 from retention_jax.generation import conversation
 from retention_jax.generation.conversation import Totals, Writer
 from retention_jax.generation.runs import generate
+from retention_jax.models.inputs import Row, ids_of
 from retention_jax.parallel import sharding
 from retention_jax.runtime import files
 from retention_jax.text import chat
+from retention_jax.vision import prompt as vision_prompt
 
 # index: of the row, from 0. stopped: whether the reply ended itself. run: `conversation.run_id` of the settings.
 RESULT_FIELDS = ("index", "output", "prompt_tokens", "new_tokens", "stopped", "run")
@@ -26,7 +29,8 @@ RESULT_FIELDS = ("index", "output", "prompt_tokens", "new_tokens", "stopped", "r
 class Prompt(NamedTuple):
     index: int
     row: dict[str, Any]
-    tokens: list[int]
+    length: int  # tokens
+    tokens: Row | None  # None where there are pictures: those of a batch are read again, so that no more are held
 
 
 def read_prompts(writer: Writer, path: pathlib.Path) -> list[Prompt]:
@@ -45,7 +49,9 @@ def read_prompts(writer: Writer, path: pathlib.Path) -> list[Prompt]:
             continue
         try:
             row = json.loads(line)
-            prompts.append(Prompt(len(prompts), row, _tokens(writer, row)))
+            tokens = _tokens(writer, row)
+            kept = None if isinstance(tokens, vision_prompt.Prompt) else tokens
+            prompts.append(Prompt(len(prompts), row, len(ids_of(tokens)), kept))
         except json.JSONDecodeError as error:
             problems.append(f"{path}, line {number}: not valid JSON: {error.msg} at column {error.colno}")
         except ValueError as error:
@@ -54,11 +60,11 @@ def read_prompts(writer: Writer, path: pathlib.Path) -> list[Prompt]:
         raise ValueError(files.first_problems(problems))
     if not prompts:
         raise ValueError(f"{path}: has no prompts")
-    conversation.warn_of_length(writer, str(path), [len(p.tokens) for p in prompts])
+    conversation.warn_of_length(writer, str(path), [p.length for p in prompts])
     return prompts
 
 
-def _tokens(writer: Writer, row: Any) -> list[int]:
+def _tokens(writer: Writer, row: Any) -> Row:
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise ValueError("must be an object with either prompt or messages")
     if clash := [name for name in RESULT_FIELDS if name in row]:
@@ -93,7 +99,7 @@ def write_results(writer: Writer, prompts: list[Prompt], path: pathlib.Path, bat
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.locked(path):
         finished = set(_finished(prompts, path, run))
-        todo = sorted((p for p in prompts if p.index not in finished), key=lambda p: -len(p.tokens))
+        todo = sorted((p for p in prompts if p.index not in finished), key=lambda p: -p.length)
         with tqdm.tqdm(total=len(prompts), initial=len(finished), unit="prompt", disable=None) as progress:
             for start in range(0, len(todo), batch_size):
                 batch = todo[start : start + batch_size]
@@ -101,7 +107,7 @@ def write_results(writer: Writer, prompts: list[Prompt], path: pathlib.Path, bat
                 filled = batch + batch[-1:] * (-len(batch) % sharding.row_parts(writer.model))
                 out = generate(
                     writer.model,
-                    [p.tokens for p in filled],
+                    [p.tokens or _tokens(writer, p.row) for p in filled],
                     writer.cache,
                     max_new_tokens=writer.max_new_tokens,
                     seed=writer.seed,
@@ -111,7 +117,7 @@ def write_results(writer: Writer, prompts: list[Prompt], path: pathlib.Path, bat
                 )
                 new_tokens = out.tokens[: len(batch)]
                 counts = {
-                    "prompt_tokens": float(sum(len(p.tokens) for p in batch)),
+                    "prompt_tokens": float(sum(p.length for p in batch)),
                     "new_tokens": float(sum(map(len, new_tokens))),
                 }
                 totals = totals.add(out.stats | counts)
@@ -125,7 +131,7 @@ def _result(writer: Writer, prompt: Prompt, new: list[int], run: str) -> dict[st
     values = (
         prompt.index,
         writer.tokenizer.decode(new),
-        len(prompt.tokens),
+        prompt.length,
         len(new),
         new[-1] in writer.tokenizer.stop_tokens,
         run,

@@ -19,8 +19,9 @@ from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
 from retention_jax.generation import decoding, sampling
 from retention_jax.generation.sampling import LogProbs, Numbers, Sampling
+from retention_jax.models import inputs
 from retention_jax.models.decoder import Decoder
-from retention_jax.models.inputs import padded
+from retention_jax.models.inputs import Row
 from retention_jax.parallel import sharding
 
 # Tokens a row of one compiled run, whatever the cache: between two calls of `on_tokens`, and without it.
@@ -58,7 +59,7 @@ class Output(NamedTuple):
 @decoding.on_its_mesh
 def generate(
     model: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Row],
     cache: CacheConfig,
     *,
     max_new_tokens: Numbers,
@@ -79,7 +80,7 @@ def generate(
 
     Args:
       model: the decoder.
-      prompts: token ids.
+      prompts: token ids, or prompts with pictures.
       cache: what to keep.
       max_new_tokens: at most so many tokens for a prompt.
       temperature: divides the logits before a token is drawn. At 0 the likeliest token is taken.
@@ -100,10 +101,10 @@ def generate(
     draws = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     limits = _checked(model, prompts, stop_tokens, max_new_tokens=max_new_tokens, row_ids=row_ids, **draws)
     how = sampling.settings(**draws, row_ids=row_ids)
-    lengths = [len(p) for p in prompts]
-    tokens = padded(prompts, decoding.bucket(max(lengths), cache.prefill_chunk))
+    lengths = inputs.lengths(prompts)
     started = time.perf_counter()
-    logits, held = jax.block_until_ready(decoding.prefill(model, tokens, cache, lengths=lengths, buffer=buffer))
+    whole = inputs.of_rows(prompts, decoding.bucket(max(lengths), cache.prefill_chunk), model.vision)
+    logits, held = jax.block_until_ready(decoding.read_prompts(model, whole, cache, buffer))
     prefilled = time.perf_counter()
     new, run = [[] for _ in prompts], _STREAMED if on_tokens else _AT_ONCE
     newest, done, step = first_tokens(logits, how, limits)
@@ -121,13 +122,14 @@ def generate(
     return Output(new, stats, state.buffer)
 
 
-def _checked(model: Decoder, prompts: Sequence[Sequence[int]], stop_tokens: StopTokens, **settings: Numbers) -> Limits:
+def _checked(model: Decoder, prompts: Sequence[Row], stop_tokens: StopTokens, **settings: Numbers) -> Limits:
     """The limits of each row, once prompts, stop tokens and all settings are found right."""
     V, rows = model.config.vocab_size, len(prompts)
-    problems = [f"prompt {i} is empty" for i, p in enumerate(prompts) if not len(p)]
+    ids = [inputs.ids_of(p) for p in prompts]
+    problems = [f"prompt {i} is empty" for i, p in enumerate(ids) if not len(p)]
     problems += [
         f"prompt {i} has token {bad[0]}, outside [0, {V})"
-        for i, p in enumerate(prompts)
+        for i, p in enumerate(ids)
         if (bad := [t for t in p if not 0 <= t < V])
     ]
     problems += ["there must be at least one prompt"] * (not prompts)

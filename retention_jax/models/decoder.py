@@ -4,10 +4,12 @@
 back what the caller needs to decide about memory; neither knows the budget.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -17,10 +19,12 @@ from retention_jax.config import GateConfig, ModelConfig
 from retention_jax.kernels import ops
 from retention_jax.models import rope
 from retention_jax.models.gate import FinalProjection, GateFeatures, log_retention
-from retention_jax.models.inputs import Inputs
+from retention_jax.models.inputs import Inputs, Row, Visual, add_deepstack, embed, lengths, of_rows
 from retention_jax.models.layers import rms_norm, swiglu
+from retention_jax.models.vision import Vision
 from retention_jax.parallel import sharding
 from retention_jax.runtime.arrays import AnyArray
+from retention_jax.vision.prompt import Prompt
 
 
 class Layer(nnx.Module):
@@ -89,16 +93,34 @@ class Decoder(nnx.Module):
         self.final_projection = FinalProjection(cfg, gate, rngs=rngs)
         stack = nnx.vmap(lambda r: Layer(cfg, gate, rngs=r), in_axes=0, out_axes=0)
         self.layers = stack(rngs.split(cfg.num_layers))
+        self.vision = None if cfg.vision is None else Vision(cfg.vision, cfg.dtype, rngs=rngs)
 
-    def __call__(self, tokens: Int[AnyArray, "B T"]) -> tuple[Float[Array, "B T V"], Float[Array, "B L K T"]]:
-        """Logits and log_beta of whole sequences: full cache, ordinary attention."""
+    def __call__(
+        self, tokens: Int[AnyArray, "B T"] | Prompt | Sequence[Row]
+    ) -> tuple[Float[Array, "B T V"], Float[Array, "B L K T"]]:
+        """Logits and log_beta of whole sequences: full cache, ordinary attention.
+
+        With pictures: of one prompt, or of several; then T is the longest one's, and what is behind the others' ends
+        means nothing.
+        """
         with sharding.enter_mesh_of(self):
-            return _score(self, tokens)
+            inputs = batch_of(self, tokens)
+            return _score(self, inputs.tokens, inputs.visual)
+
+
+def batch_of(model: Decoder, tokens: Int[AnyArray, "B T"] | Prompt | Sequence[Row]) -> Inputs:
+    """What a caller gave to read, as one value: an array of whole rows, one prompt, or several."""
+    if isinstance(tokens, jax.Array | np.ndarray):
+        return Inputs(tokens, np.ones(tokens.shape, bool))
+    rows = [tokens] if isinstance(tokens, Prompt) else tokens
+    return of_rows(rows, max(lengths(rows)), model.vision)
 
 
 @jax.jit
-def _score(model: Decoder, tokens: Int[AnyArray, "B T"]) -> tuple[Float[Array, "B T V"], Float[Array, "B L K T"]]:
-    hidden, log_beta = forward(model, tokens, jnp.ones_like(tokens), with_retention=False)
+def _score(
+    model: Decoder, tokens: Int[AnyArray, "B T"], visual: Visual | None
+) -> tuple[Float[Array, "B T V"], Float[Array, "B L K T"]]:
+    hidden, log_beta = forward(model, tokens, jnp.ones_like(tokens), visual, with_retention=False)
     return unembed(model, hidden), log_beta
 
 
@@ -121,6 +143,7 @@ def forward(
     model: Decoder,
     tokens: Int[AnyArray, "B T"],
     segment_ids: Int[AnyArray, "B T"],
+    visual: Visual | None = None,
     *,
     with_retention: bool,
     remat: bool = False,
@@ -128,25 +151,33 @@ def forward(
     """Final hidden states (normed) and log_beta of packed documents.
 
     `with_retention` adds (t - i) log_beta_i to the attention logits (the student); without it attention is ordinary
-    (the teacher, or scoring with a full cache). `remat` recomputes each layer in the backward pass.
+    (the teacher, or scoring with a full cache). `remat` recomputes each layer in the backward pass. `visual` holds what
+    stands in for tokens, and its `shift` is counted in each document from its start.
     """
     cfg, tokens, segment_ids = model.config, jnp.asarray(tokens), jnp.asarray(segment_ids)
-    turn = rope.rotation(document_positions(segment_ids), document_lengths(segment_ids), cfg)
+    turn = rope.rotation(_shifted(document_positions(segment_ids), visual), document_lengths(segment_ids), cfg)
 
     def layer_step(x, scanned):
-        layer, weight, offset, window = scanned
+        layer, weight, offset, index, window = scanned
         layer = sharding.gathered(layer)
         q, k, v, features = layer.project(x, turn)
         log_beta = sharding.constrain(log_retention(features, weight, offset), "log_beta")
         bias = log_beta if with_retention else jnp.zeros_like(log_beta)
         attended = sharding.constrain(ops.retention_attention(q, k, v, bias, segment_ids, window), "heads")
-        return sharding.constrain(layer.finish(x, attended), "hidden"), log_beta
+        return add_deepstack(sharding.constrain(layer.finish(x, attended), "hidden"), index, visual), log_beta
 
-    x = sharding.constrain(sharding.constrain(model.embedding[...][tokens], "embedded"), "hidden")
+    x = sharding.constrain(embed(model.embedding[...], tokens, visual), "hidden")
     windows = cache.window_sizes(cfg.windows)
-    scanned = (model.layers, *model.final_projection.per_layer(cfg.num_layers, cfg.num_kv_heads), windows)
+    weight, offset = model.final_projection.per_layer(cfg.num_layers, cfg.num_kv_heads)
+    index = None if visual is None else jnp.arange(cfg.num_layers)
+    scanned = (model.layers, weight, offset, index, windows)
     x, log_beta = jax.lax.scan(jax.checkpoint(layer_step) if remat else layer_step, x, scanned)
     return rms_norm(x, model.final_norm[...], cfg.norm_eps), log_beta.transpose(1, 0, 2, 3)
+
+
+def _shifted(positions: Int[Array, "B T"], visual: Visual | None) -> Int[Array, "B T"] | Int[Array, "3 B T"]:
+    """RoPE's positions, one or three a token, of what would be at `positions` in a text."""
+    return positions if visual is None else positions[None] + jnp.asarray(visual.shift)
 
 
 class Extended(NamedTuple):
@@ -178,10 +209,11 @@ def extend(
         turns all of a long prompt by its factors for long sequences, also where it is read in chunks. Entries made
         while a sequence was short stay as they were turned, as with a cache of `transformers`.
     """
-    cfg, tokens, valid = model.config, *map(jnp.asarray, inputs)
+    cfg, tokens, valid, visual = model.config, jnp.asarray(inputs.tokens), jnp.asarray(inputs.valid), inputs.visual
     length = buffer.seen + valid.sum(axis=1, dtype=jnp.int32) if length is None else length
     pos = buffer.seen[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    turn = rope.rotation(pos, length[:, None], cfg)
+    as_text = pos if buffer.shift is None else pos + buffer.shift[:, None]
+    turn = rope.rotation(_shifted(as_text, visual), length[:, None], cfg)
     first = jnp.maximum(valid.sum(axis=1, dtype=jnp.int32) - queries, 0)
     newest_of_row = jax.vmap(lambda q, at: jax.lax.dynamic_slice_in_dim(q, at, queries))
     by_token = _shares_tokens(cfg, tokens.shape)
@@ -199,10 +231,10 @@ def extend(
         newest = newest_of_row(q, first) if queries else None
         attended = ops.merge([cache.attend(buffer, q, index, heads), ops.causal_attention(q, k, v, window)]).out
         attended = sharding.constrain(attended.astype(q.dtype), heads)
-        x = sharding.constrain(layer.finish(x, attended), hidden)
+        x = add_deepstack(sharding.constrain(layer.finish(x, attended), hidden), index, visual)
         return x, (k.swapaxes(1, 2), v.swapaxes(1, 2), log_beta, newest)
 
-    x = sharding.constrain(sharding.constrain(model.embedding[...][tokens], "embedded"), hidden)
+    x = sharding.constrain(embed(model.embedding[...], tokens, visual), hidden)
     weight, offset = model.final_projection.per_layer(cfg.num_layers, cfg.num_kv_heads)
     windows = cache.window_sizes(cfg.windows)
     scanned = (model.layers, weight, offset, jnp.arange(cfg.num_layers), windows)

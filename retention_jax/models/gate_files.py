@@ -1,7 +1,8 @@
 """Gate folders, in the format in which gates of TRIM-KV and DBTrimKV were released for PyTorch.
 
 config.json           fields of the base model and of the gates; from us also `gate`, a `GateConfig`
-gates.safetensors     model.layers.{i}.self_attn.retention_gate.{linear1.weight, ...}, what layers share repeated
+gates.safetensors     model.layers.{i}.self_attn.retention_gate.{linear1.weight, ...}, what layers share repeated; with
+                      model.language_model in place of model where the base model sees
 trimkv_weights.pth    the same tensors by `torch.save`: what the PyTorch implementation reads and writes
 """
 
@@ -19,7 +20,7 @@ from absl import logging
 
 from retention_jax.config import GateConfig, LossConfig, ModelConfig
 from retention_jax.config.conversion import from_dict, to_dict
-from retention_jax.models import huggingface, tensors
+from retention_jax.models import huggingface, huggingface_vision, tensors
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
 from retention_jax.models.tensors import Place
@@ -180,9 +181,9 @@ def save_gates(
     if with_pth and gate.share == "layers_and_heads":
         raise ValueError(f"{folder / OFFICIAL}: the PyTorch implementation has no gates with share='layers_and_heads'")
     torch = _import_torch(folder / OFFICIAL) if with_pth else None
-    tensors.save(
-        model, GateParam, gate_names(cfg, gate), folder, OURS, _config_json(cfg, gate, base_model, loss), dtype
-    )
+    prefix = huggingface_vision.gate_prefix(cfg.vision)
+    places = [(name.replace("model.", prefix, 1), place) for name, place in gate_names(cfg, gate).items()]
+    tensors.save(model, GateParam, places, folder, OURS, _config_json(cfg, gate, base_model, loss), dtype)
     (folder / OFFICIAL).unlink(missing_ok=True)
     if torch:
         named = tensors.read_tensors([folder / OURS], where=folder)
@@ -193,9 +194,8 @@ def save_gates(
 def _config_json(cfg: ModelConfig, gate: GateConfig, base_model: str, loss: LossConfig | None) -> dict[str, Any]:
     """The official fields, then what they cannot say. The official kinds are `rg` and `rg10`."""
     base = huggingface.model_config_json(cfg)
-    config = base | {
-        "architectures": [f"TrimKV{name}" for name in base["architectures"]],
-        "base_model": base_model,
+    config = base | {"architectures": [f"TrimKV{name}" for name in base["architectures"]], "base_model": base_model}
+    of_gates = {
         "retention_gate": gate.share if gate.share == "layers_and_heads" else ("rg", "rg10")[gate.hidden_layers - 1],
         "retention_gate_intermediate_size": gate.width,
         "retention_gate_bias_init": gate.offset_init,
@@ -205,6 +205,10 @@ def _config_json(cfg: ModelConfig, gate: GateConfig, base_model: str, loss: Loss
         "attn_impl": "rg_attn_flex",
         "trainable_params": "self_attn.retention_gate",
     }
+    if cfg.vision is None:
+        config |= of_gates
+    else:
+        config["text_config"] |= of_gates
     if loss:
         config |= {
             "memory_size": loss.budget,

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from retention_jax.config import ModelConfig
 from retention_jax.config.conversion import from_dict
+from retention_jax.models import huggingface_vision
+from retention_jax.models.huggingface_vision import Prefixes
 from retention_jax.models.tensors import Layout, Place, read_json
 
 
@@ -64,14 +66,20 @@ ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 NOT_NUMBERS = ("truncate", "short_factor", "long_factor")
 
 
-def backbone_places(cfg: ModelConfig, *, fused: bool = False) -> list[tuple[str, Place]]:
-    """Name in the file and place in the model, for every backbone tensor.
+def backbone_places(
+    cfg: ModelConfig, *, fused: bool = False, prefixes: Prefixes | None = None
+) -> list[tuple[str, Place]]:
+    """Name in the file and place in the model, for every backbone tensor, a tower's included.
 
-    `fused`: q, k, v of a layer are rows of one tensor, and so are the MLP's gate and up, as in Phi-3.
+    Args:
+      cfg: of the model.
+      fused: q, k, v of a layer are rows of one tensor, and so are the MLP's gate and up, as in Phi-3.
+      prefixes: of the names; those of the published checkpoints by default.
     """
+    prefixes = prefixes or huggingface_vision.published(cfg.vision)
     places = [
-        ("model.embed_tokens.weight", Place(("embedding",), None, "same")),
-        ("model.norm.weight", Place(("final_norm",), None, "same")),
+        (f"{prefixes.text}embed_tokens.weight", Place(("embedding",), None, "same")),
+        (f"{prefixes.text}norm.weight", Place(("final_norm",), None, "same")),
     ]
     if not cfg.tie_embeddings:
         places.append(("lm_head.weight", Place(("lm_head",), None, "same")))
@@ -99,8 +107,8 @@ def backbone_places(cfg: ModelConfig, *, fused: bool = False) -> list[tuple[str,
     for i in range(cfg.num_layers):
         for name, (field, layout) in per_layer.items():
             whole, part = rows.get(name, (name, None))
-            places.append((f"model.layers.{i}.{whole}", Place(("layers", field), i, layout, part)))
-    return places
+            places.append((f"{prefixes.text}layers.{i}.{whole}", Place(("layers", field), i, layout, part)))
+    return places + (huggingface_vision.tower_places(cfg.vision, prefixes.vision) if cfg.vision else [])
 
 
 def read_model_config(folder: str | os.PathLike, dtype: str) -> ModelConfig:
@@ -116,6 +124,13 @@ def read_model_config(folder: str | os.PathLike, dtype: str) -> ModelConfig:
 
 def model_config(raw: dict[str, Any], dtype: str, *, where: str | os.PathLike) -> ModelConfig:
     """The architecture that a config.json describes; raises like `read_model_config`."""
+    if raw.get("model_type") in huggingface_vision.FAMILIES:
+        parts = huggingface_vision.split(raw, where)
+        decoder = model_config(parts.text, dtype, where=f"{where}: its decoder")
+        try:
+            return dataclasses.replace(decoder, mrope=parts.mrope, vision=parts.vision)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     family, rope, sliding = FAMILIES.get(str(raw.get("model_type"))), {}, {}
     problems = _not_implemented(raw, family)
     if family is not None:
@@ -168,7 +183,7 @@ def _not_implemented(raw: dict[str, Any], family: Family | None) -> list[str]:
         problems.append(f"hidden_act {raw['hidden_act']!r} (known: silu)")
     name = raw.get("model_type")
     if family is None:
-        return [*problems, f"model_type {name!r} (known: {', '.join(FAMILIES)})"]
+        return [*problems, f"model_type {name!r} (known: {', '.join((*FAMILIES, *huggingface_vision.FAMILIES))})"]
     if raw.get("attention_bias") and not (family.attention_bias or family.qkv_bias):
         problems.append(f"attention_bias {raw['attention_bias']} ({name} has none)")
     if raw.get("mlp_bias") and not family.mlp_bias:
@@ -299,6 +314,9 @@ def model_config_json(cfg: ModelConfig) -> dict[str, Any]:
     Raises:
       ValueError: if no family has what this one has; its fields are named.
     """
+    if cfg.vision is not None:
+        decoder = model_config_json(dataclasses.replace(cfg, vision=None, mrope=None))
+        return _checked(huggingface_vision.joined(decoder, cfg), cfg)
     if cfg.qk_norm:
         name = "qwen3"
     elif cfg.qkv_bias and not cfg.output_bias:
@@ -339,10 +357,14 @@ def model_config_json(cfg: ModelConfig) -> dict[str, Any]:
             names.remove("factor")
         names += ["original_max_position_embeddings"] * (scaling.kind != "linear")
         values["rope_scaling"] = {"rope_type": scaling.kind} | {n: ours[n] for n in names}
-    # What comes back shows what the file cannot say.
+    return _checked(values, cfg)
+
+
+def _checked(values: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+    """A config.json that says all of a model; what comes back of it shows what it cannot say."""
     back = model_config(values, cfg.dtype, where="config.json")
     lost = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(back, f.name)]
     if lost:
         told = ", ".join(f"{field}={getattr(cfg, field)}" for field in lost)
-        raise ValueError(f"no Hugging Face family has {told}; the nearest is {name}")
+        raise ValueError(f"no Hugging Face family has {told}; the nearest is {values['model_type']}")
     return values

@@ -12,6 +12,17 @@ def rms_norm(x: Float[Array, "*axes D"], gain: Float[Array, " D"], eps: float) -
     return normed.astype(x.dtype) * gain.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+def layer_norm(
+    x: Float[Array, "*axes D"], gain: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "*axes D"]:
+    """`x` less its mean over its deviation, times `gain`, plus `bias`; in float32, returned in the dtype of `x`."""
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    wide = (1,) * (x.ndim - 1) + (-1,)
+    return (normed * gain.reshape(wide) + bias.reshape(wide)).astype(x.dtype)
+
+
 def swiglu(
     x: Float[Array, "B T D"],
     gate: Float[Array, "D F"],

@@ -11,6 +11,10 @@ Component pair i of R rotated components turns by position * f_i, with f_i = the
                                                                                        arXiv 2402.13753
 
 yarn and longrope also multiply rotated queries and keys by an attention factor.
+
+Where tokens have three positions (M-RoPE, arXiv 2409.12191) each pair turns by one of them. In blocks, the first pairs
+turn by time, then some by height, the rest by width. Interleaved, pair i turns by height where i mod 3 is 1, by width
+where it is 2, as long as i is below 3 times that axis's section, and by time elsewhere.
 """
 
 import math
@@ -30,8 +34,13 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B T half"]
 
 
-def rotation(positions: Int[Array, "B T"], length: Int[Array, "B T_or_1"], cfg: ModelConfig) -> Rotation:
-    """How far to turn the tokens at `positions` of sequences of `length` tokens; only longrope looks at lengths."""
+def rotation(
+    positions: Int[Array, "B T"] | Int[Array, "3 B T"], length: Int[Array, "B T_or_1"], cfg: ModelConfig
+) -> Rotation:
+    """How far to turn the tokens at `positions` of sequences of `length` tokens; only longrope looks at lengths.
+
+    Positions are one number a token, or three: time, height, width.
+    """
     scaling = cfg.rope_scaling
     plain = np.float32(cfg.rope_theta) ** (-np.arange(0, cfg.rotary_size, 2, dtype=np.float32) / cfg.rotary_size)
     if scaling is not None and scaling.kind == "longrope":
@@ -40,9 +49,25 @@ def rotation(positions: Int[Array, "B T"], length: Int[Array, "B T_or_1"], cfg: 
         frequency = jnp.where(is_long, long[None, None], short[None, None])
     else:
         frequency = jnp.asarray(plain if scaling is None else _stretched(plain, cfg.rope_theta, scaling))[None, None]
-    angles = positions[..., None].astype(jnp.float32) * frequency
+    if positions.ndim == 3:
+        of_pair = jnp.moveaxis(positions[_axis_of_pairs(cfg)], 0, -1)
+    else:
+        of_pair = positions[..., None]
+    angles = of_pair.astype(jnp.float32) * frequency
     factor = 1.0 if scaling is None else scaling.attention_factor
     return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+
+
+def _axis_of_pairs(cfg: ModelConfig) -> np.ndarray:
+    """Which of a token's three positions turns each pair."""
+    if cfg.mrope is None:
+        raise ValueError("the model has no M-RoPE, so its tokens have one position each")
+    time, height, width = cfg.mrope.sections
+    if not cfg.mrope.interleaved:
+        return np.repeat(np.arange(3), (time, height, width))
+    pair = np.arange(time + height + width)
+    axis = pair % 3
+    return np.where((axis > 0) & (pair < 3 * np.array([0, height, width])[axis]), axis, 0)
 
 
 def _stretched(plain: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:

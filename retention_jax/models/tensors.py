@@ -61,9 +61,10 @@ class Place(NamedTuple):
         return value.reshape([shape[a] for a in order]).transpose(np.argsort(order))
 
     def to_file(self, value: np.ndarray) -> np.ndarray:
-        """The inverse of `from_file`, for whole tensors."""
-        order = [a for axes in self.axes(value.ndim) for a in axes]
-        return value.transpose(order).reshape(self.file_shape(value.shape))
+        """The inverse of `from_file`, for all that a file has of this place."""
+        axes = self.axes(value.ndim)
+        shape = [math.prod(value.shape[a] for a in joined) for joined in axes]
+        return value.transpose([a for joined in axes for a in joined]).reshape(shape)
 
     def of(self, values: Mapping[tuple[str, ...], np.ndarray]) -> np.ndarray:
         return values[self.path] if self.layer is None else values[self.path][self.layer]
@@ -305,7 +306,7 @@ def _flat(model: Decoder, kind: type[nnx.Variable]) -> dict[tuple[str, ...], nnx
 def save(
     model: Decoder,
     kind: type[nnx.Variable],
-    names: Mapping[str, Place],
+    places: Sequence[tuple[str, Place]],
     folder: str | os.PathLike,
     file: str,
     config: dict[str, Any],
@@ -320,7 +321,10 @@ def save(
     values = {path: on_host(v[...]) for path, v in _flat(model, kind).items()}
     if jax.process_index() == 0:
         stored = lambda a: a.astype(np.dtype(matrices)) if matrices and a.ndim > 1 else a
-        tensors = {name: np.ascontiguousarray(stored(p.to_file(p.of(values)))) for name, p in names.items()}
+        tensors = {}
+        for name, p in sorted(places, key=lambda item: item[1].rows or (0, 0)):  # rows of one tensor, in their order
+            part = np.ascontiguousarray(stored(p.to_file(p.of(values))))
+            tensors[name] = np.concatenate([tensors[name], part]) if name in tensors else part
         _write(tensors, pathlib.Path(folder), file, config)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"written {folder}")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from retention_jax.config import GateConfig
-from retention_jax.models import gate_files, huggingface, tensors
+from retention_jax.models import gate_files, huggingface, huggingface_vision, tensors
 from retention_jax.models.decoder import Decoder
 from retention_jax.models.gate import GateParam
 from retention_jax.models.gate_files import Gates
@@ -103,12 +103,14 @@ def _without_values(folder: pathlib.Path, gate: GateConfig, dtype: str) -> Decod
     cfg = huggingface.read_model_config(folder, dtype)
     if cfg.tie_embeddings:
         found = tensors.read_headers(tensors.checkpoint_files(folder))
-        embedding, head = (found.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+        name = f"{huggingface_vision.prefixes(found).text}embed_tokens.weight"
+        embedding, head = found.get(name), found.get("lm_head.weight")
         if embedding is not None and head is not None and not tensors.equal(embedding, head):
             logging.warning(
                 "%s: config.json has tie_word_embeddings=true, but lm_head.weight differs from "
-                "model.embed_tokens.weight: both are used, as if it were false",
+                "%s: both are used, as if it were false",
                 folder,
+                name,
             )
             cfg = dataclasses.replace(cfg, tie_embeddings=False)
     return nnx.eval_shape(lambda: Decoder(cfg, gate, rngs=nnx.Rngs(0)))
@@ -123,8 +125,10 @@ def _read_backbone(model: Decoder, folder: pathlib.Path, mesh: Mesh | None, tabl
     if cfg.tie_embeddings:
         found.pop("lm_head.weight", None)  # some exporters write the tied head out as well
     # Llama 2's were saved with a buffer that RoPE's formula gives too.
-    found = {name: header for name, header in found.items() if not name.endswith("rotary_emb.inv_freq")}
-    places = huggingface.backbone_places(cfg, fused="model.layers.0.self_attn.qkv_proj.weight" in found)
+    found = {name: header for name, header in found.items() if not name.endswith(".inv_freq")}
+    prefixes = huggingface_vision.prefixes(found)
+    fused = f"{prefixes.text}layers.0.self_attn.qkv_proj.weight" in found
+    places = huggingface.backbone_places(cfg, fused=fused, prefixes=prefixes)
     layout = lambda path, shape: mesh and sharding.of_weight(mesh, path[-1], shape, table)
     tensors.stream(model, nnx.Param, places, found, layout, where=folder)
 
@@ -141,5 +145,5 @@ def init_gates(model: Decoder, *, seed: int, mesh: Mesh | None = None) -> None:
 
 def save_backbone(model: Decoder, folder: str | os.PathLike) -> None:
     """Writes the backbone as a Hugging Face folder; raises ValueError if no family there has its architecture."""
-    names, config = dict(huggingface.backbone_places(model.config)), huggingface.model_config_json(model.config)
-    tensors.save(model, nnx.Param, names, folder, "model.safetensors", config)
+    places, config = huggingface.backbone_places(model.config), huggingface.model_config_json(model.config)
+    tensors.save(model, nnx.Param, places, folder, "model.safetensors", config)

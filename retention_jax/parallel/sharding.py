@@ -68,6 +68,8 @@ ACTIVATIONS = {
     "heads": P(ROWS, "context", "tensor", None),  # B T N H
     "attending": P(ROWS, None, HEADS, None),  # B T N H
     "log_beta": P(ROWS, "tensor", "context"),  # B K T
+    "patches": P(ROWS, None, None),  # B P D: of a tower; along `context` every device sees all
+    "looking": P(ROWS, None, "tensor", None),  # B P N H: of a tower
     "cached": P(ROWS),  # B T K H: new entries; every device that has their sequence gets all of them
     "by_token": P(ROWS, ("context", "tensor")),  # B T D, B T N H: long chunks, read with whole weights
     "scoring": P(ROWS, HEADS, None),  # B K T, B L*K T: beside attention, and for the retention mass

@@ -89,11 +89,12 @@ def record(
     log_beta, evicted = np.zeros((heads, T), np.float32), np.full(heads * T, NEVER, np.int32)
     stays = np.zeros(heads * T, bool)  # all False between two chunks, so that a chunk costs what it holds, not T
     held = np.zeros(0, np.int64)  # entries, each as head * T + position
+    whole = Inputs(tokens[None], np.ones((1, T), bool))
     with sharding.enter_mesh_of(model):
         buffer = empty(model.config, cache, 1)
         for start in tqdm.trange(0, T, R, unit="chunk", desc=title, leave=False, disable=None):
             seen = min(start + R, T)
-            scores, buffer = _read(model, chunk_of(tokens[None], np.array([T]), start, R), buffer)
+            scores, buffer = _read(model, chunk_of(whole, start, R), buffer)
             log_beta[:, start:seen] = sharding.on_host(scores)[0].reshape(heads, R)[:, : seen - start]
             new = (np.arange(heads)[:, None] * T + np.arange(start, seen)[None]).reshape(-1)
             candidates, held = np.concatenate([held, new]), _held(buffer, heads, T)

@@ -11,6 +11,7 @@ from retention_jax.config import LossConfig
 from retention_jax.kernels import ops
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
+from retention_jax.models.inputs import Visual
 from retention_jax.parallel import sharding
 from retention_jax.runtime.arrays import AnyArray
 from retention_jax.training import vocabulary
@@ -34,6 +35,7 @@ def distillation(
     label_mask: Bool[AnyArray, "B T"],
     config: LossConfig,
     *,
+    visual: Visual | None = None,
     remat: bool = False,
 ) -> Losses:
     """kl_weight * KL + ce_weight * CE + capacity_weight * capacity (arXiv 2605.09649).
@@ -47,11 +49,13 @@ def distillation(
       segment_ids: equal within a document; 0 is padding.
       label_mask: True at tokens to be predicted.
       config: weights, budget and reductions.
+      visual: the pictures among the tokens; student and teacher read the same features.
       remat: recompute each layer in the backward pass.
     """
     tokens, segment_ids, label_mask = jnp.asarray(tokens), jnp.asarray(segment_ids), jnp.asarray(label_mask)
-    student, log_beta = decoder.forward(model, tokens, segment_ids, with_retention=True, remat=remat)
-    teacher, _ = decoder.forward(model, tokens, segment_ids, with_retention=False, remat=remat)
+    visual = jax.lax.stop_gradient(visual)
+    student, log_beta = decoder.forward(model, tokens, segment_ids, visual, with_retention=True, remat=remat)
+    teacher, _ = decoder.forward(model, tokens, segment_ids, visual, with_retention=False, remat=remat)
 
     def terms(head, target, student, teacher):
         log_p = jax.nn.log_softmax(decoder.logits(head, student), axis=-1)
