@@ -149,9 +149,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     least = {"requests": 1, "prompt_words": 1, "new_tokens": 1}
-    problems = [
-        f"--{n} must be at least {v}, got {getattr(values, n)}" for n, v in least.items() if getattr(values, n) < v
-    ]
+    given = {name: getattr(values, name) for name in least}
+    problems = [f"--{n} must be at least {v}, got {given[n]}" for n, v in least.items() if given[n] < v]
     if not values.clients or not all(text.isdecimal() and int(text) for text in values.clients):
         problems.append(f"--clients must be numbers from 1, got {','.join(values.clients)!r}")
     if problems:

@@ -128,6 +128,7 @@ class Engine:
         self._state = "new"  # then serving, draining, ended
         self._drained_by = 0.0  # when draining ends, in seconds of `time.monotonic`
         self._in_use = 0
+        self._accepted = 0  # requests, of which `_totals` counts those that have ended
         self._totals: dict[str, int] = dict.fromkeys(
             ("requests", "prompt_tokens", "cached_tokens", "new_tokens", "evicted_entries"), 0
         )
@@ -168,9 +169,9 @@ class Engine:
         with self._lock:
             if not self.ready:
                 raise Draining(f"the engine takes no requests: it is {self._state}")
-            free = len(self._tickets) - self._in_use  # those who get such a row at once do not wait
-            if len(self._queue) >= self._queue_limit + free:
+            if self._accepted - self._totals["requests"] >= len(self._tickets) + self._queue_limit:
                 raise QueueFull(max(1.0, self._seconds * (len(self._queue) + 1) / len(self._tickets)))
+            self._accepted += 1
             self._queue.append(ticket)
             self._lock.notify()
         return ticket
