@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from absl import flags
 from helpers import tiny_model
@@ -31,6 +32,7 @@ TASKS = {  # file, metric, and tokens that the longer one of the first two promp
     ),
     "ruler_rows/niah_multikey_3": ("ruler/niah_multikey_3_4096.jsonl", "string_match_all", (3116, 3400)),
     "ruler/niah_single_2": ("text/tinyshakespeare.txt", "string_match_all", (LENGTH, LENGTH)),
+    "conversation": ("books/log_school_house.txt", "accuracy", (LENGTH, LENGTH)),
     "perplexity": ("text/wikitext2_test.txt", "perplexity", (LENGTH, LENGTH)),
 }
 
@@ -110,5 +112,5 @@ def test_all_tasks_from_command_to_rows(tmp_path, monkeypatch):
         answers = [answer for result in results for answer in result["answers"]]
         assert (row.n, row.seeds, len({answer["example"] for answer in answers})) == (2, 1, 2)
         assert all(1 <= answer["tokens"] <= NEW_TOKENS and answer["text"] for answer in answers)
-        assert row.score == sum(score for result in results for score in result["scores"]) / 2 and 0 <= row.score <= 1
+        assert row.score == np.mean([result["scores"] for result in results]) and 0 <= row.score <= 1
         assert len(row.groups) == (2 if task == "math500" else 0), "levels of the two problems"

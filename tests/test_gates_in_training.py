@@ -1,6 +1,7 @@
 """Gates before, during and after training: where they start, what checkpoints leave of them, their scores meanwhile."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from helpers import same
 
 from retention_jax import train
 from retention_jax.config import DataConfig, EvalConfig, GateConfig, LossConfig, OptimizerConfig, TrainConfig
-from retention_jax.evaluation import curves, journal, plan
+from retention_jax.evaluation import curves, devices, journal, plan, sequences
 from retention_jax.models import gate_files, weights
 from retention_jax.models.gate import GateParam
 from retention_jax.parallel import sharding
@@ -124,7 +125,12 @@ def test_the_gates_that_a_run_started_from_belong_to_it(config, whole):
 def test_scores_while_training_leave_the_run_as_it_is(config, whole, tmp_path, monkeypatch, capsys):
     """Stopped in the midst of an evaluation, and started again."""
     config, evaluated, units = dataclasses.replace(config, eval_every=2), [], []
-    run, written = plan.run, journal.Journal.write
+    run, written, programs = (
+        plan.run,
+        journal.Journal.write,
+        functools.cache(lambda: compile_once(train.make_model(config))),
+    )
+    compile_once = sequences.compile_once
 
     def noting(model, asked, data, output, tokenizer=None):
         evaluated.append((output.name, asked.policies))
@@ -136,6 +142,7 @@ def test_scores_while_training_leave_the_run_as_it_is(config, whole, tmp_path, m
         if len(units) == 4 + 1:  # full and retention for two seeds; then retention's first
             os.kill(os.getpid(), signal.SIGTERM)
 
+    monkeypatch.setattr(sequences, "compile_once", lambda model: programs())  # the same for all gates
     monkeypatch.setattr(plan, "run", noting)
     monkeypatch.setattr(journal.Journal, "write", stopping)
     with pytest.raises(SystemExit, match="143"):
@@ -144,7 +151,7 @@ def test_scores_while_training_leave_the_run_as_it_is(config, whole, tmp_path, m
     assert [scored.step for scored in curves.read(tmp_path / "curves")] == [2]
     model = train.train(config, tmp_path)
 
-    _, left, last = whole
+    (_, left, last), folders = whole, ("curves/step_4", "eval")
     assert same(gates_of(model), last)
     assert evaluated == [
         ("step_2", ("full", "retention")),
@@ -155,9 +162,11 @@ def test_scores_while_training_leave_the_run_as_it_is(config, whole, tmp_path, m
     assert len(units) == len(set(enumerate(units))) == 4 + 2 + 4, "nothing is computed twice"
     scores = {scored.step: scored.rows for scored in curves.read(tmp_path / "curves")}
     assert list(scores) == [2, 4, 6] and [len(rows) for rows in scores.values()] == [2, 1, 2]
-    # The rows are those of the gates that the checkpoint left.
-    again = run(model, config.eval, config.data, None)
-    assert [row.score for row in scores[6]] == [row.score for row in again]
+    # What was scored are the gates that the checkpoint left.
+    scored = [json.loads((tmp_path / f / "journal-0.jsonl").read_text().splitlines()[0]) for f in folders]
+    fourth = weights.load(config.backbone, config.gates, "float32")
+    gate_files.load_gates(fourth, gate_files.Gates(config.gate, left[6], tmp_path))
+    assert [first["fingerprint"]["model"] for first in scored] == [devices.digest(m) for m in (fourth, model)]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     named = {line["step"]: line for line in lines if "loss" not in line}
     assert sorted(line["step"] for line in lines if "loss" in line) == [1, 2, 3, 4, 5, 6]
