@@ -177,7 +177,7 @@ def pack_rows(
     widened = dtype.itemsize < 4 and jax.default_backend() == "cpu"
     pool, window = (bits(pool), bits(window)) if widened else (pool, window)
 
-    def part_of_row(pool: Shaped[Array, "S *H"], window: Shaped[Array, "heads_window *H"], source: Array, part: Array):
+    def part_of_row(pool: Array, window: Array, source: Array, part: Array) -> tuple[Array, Array]:
         start = jnp.minimum(part * size, slots - size)
         slot = start + jnp.arange(size, dtype=jnp.int32)
         # The last part may reach into the one before it, of which it leaves everything as it is.
