@@ -182,7 +182,7 @@ def merge(
     )
     keep = jnp.concatenate([keep[:, :slots], selection.deal(keep[:, :slots], keep[:, slots:])], axis=1)
     order, offset = ops.pack_order(keep, head, buffer.offset, count)
-    # One array after the other, so that only one copy of a pool-sized array exists beside the result.
+    # Over the pool itself, which a caller that donates its buffer gives away.
     packed = Entries(*(ops.pack_rows(pool, other, order) for pool, other in zip(buffer.pool, flat, strict=True)))
     used = jnp.arange(slots, dtype=jnp.int32)[None] < offset[:, -1:]
     return buffer._replace(

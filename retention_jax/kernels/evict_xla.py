@@ -168,27 +168,29 @@ def pack_rows(
 ) -> Shaped[Array, "B S *H"]:
     """The pool after packing: slot s takes the row `source[s]` of pool and window joined, zeros where it is -1.
 
-    It is written part by part over the pool itself, so that next to it only one part is held.
+    It is written over the pool itself, one part of every row at a time, so that no more than these are held beside it.
     """
-    slots, size, parts, dtype = pool.shape[1], part_size(pool.shape[1]), order.parts.shape[1], pool.dtype
+    slots, size, dtype = pool.shape[1], part_size(pool.shape[1]), pool.dtype
     # As integers: what rounds nothing may still turn one nan into another.
     bits = lambda a: jax.lax.bitcast_convert_type(a, f"uint{8 * dtype.itemsize}")
     # A CPU widens a whole bfloat16 array to write a part of it, but no array of integers.
     widened = dtype.itemsize < 4 and jax.default_backend() == "cpu"
-    pool, window = bits(pool) if widened else pool, bits(window)
+    pool, window = (bits(pool), bits(window)) if widened else (pool, window)
 
-    def write_part(i: Int[Array, ""], pool: Shaped[Array, "B S *H"]) -> Shaped[Array, "B S *H"]:
-        row, part = i // parts, order.parts[i // parts, i % parts]
+    def part_of_row(pool: Array, window: Array, source: Array, part: Array) -> tuple[Array, Array]:
         start = jnp.minimum(part * size, slots - size)
         slot = start + jnp.arange(size, dtype=jnp.int32)
         # The last part may reach into the one before it, of which it leaves everything as it is.
-        source = jnp.where(slot < part * size, slot, jax.lax.dynamic_slice(order.source, (row, start), (1, size))[0])
-        pick = lambda rows, at: rows.at[row, at].get(mode="clip")
-        at = source.reshape(size, *(1,) * (pool.ndim - 2))
-        rows = jnp.where(at < slots, bits(pick(pool, source)), pick(window, source - slots))
+        source = jnp.where(slot < part * size, slot, jax.lax.dynamic_slice_in_dim(source, start, size))
+        pick = lambda rows, at: bits(rows.at[at].get(mode="clip"))
+        at = source.reshape(size, *(1,) * (pool.ndim - 1))
+        rows = jnp.where(at < slots, pick(pool, source), pick(window, source - slots))
         rows = jnp.where(at >= 0, rows, jnp.zeros((), rows.dtype))
-        rows = jax.lax.bitcast_convert_type(rows, pool.dtype)[None]
-        return jax.lax.dynamic_update_slice(pool, rows, (row, start) + (0,) * (pool.ndim - 2))
+        return jax.lax.bitcast_convert_type(rows, pool.dtype), start
 
-    pool = jax.lax.fori_loop(0, order.parts.size, write_part, pool)
+    def write_parts(i: Int[Array, ""], pool: Shaped[Array, "B S *H"]) -> Shaped[Array, "B S *H"]:
+        rows, start = jax.vmap(part_of_row)(pool, window, order.source, order.parts[:, i])
+        return jax.vmap(lambda a, b, at: jax.lax.dynamic_update_slice_in_dim(a, b, at, 0))(pool, rows, start)
+
+    pool = jax.lax.fori_loop(0, order.parts.shape[1], write_parts, pool)
     return jax.lax.bitcast_convert_type(pool, dtype)

@@ -3,7 +3,7 @@
 data      sequences
 fsdp      sequences too; and the model width of every weight, which is gathered layer by layer where it is used
 context   tokens of a sequence, heads while they attend; slots of the cache
-tensor    heads, the MLP and the vocabulary; slots of the cache
+tensor    heads, the MLP and the vocabulary, or tokens of a long chunk that is read into the cache; slots of the cache
 
 The mesh is ambient: entry points enter `jax.set_mesh(mesh)`, and code asks for it. Attention and retention mass need
 whole sequences but not all heads: there tokens go from `context` to heads and back in all-to-alls, as in Ulysses
