@@ -183,6 +183,18 @@ def test_the_command(folder, writer, tmp_path, capsys):
             command(folder, *arguments)
 
 
+def test_a_parked_conversation_goes_on_at_its_positions(tmp_path):
+    """After a picture RoPE's next position is not the number of tokens; a file keeps it."""
+    model, whole = model_of("q3"), prompt_of("q3", "one")
+    _, buffer = rj.prefill(model, whole, ROOMY)
+    rj.save_buffer(buffer, 0, tmp_path / "row")
+    again = rj.load_buffer(model, tmp_path / "row")
+    np.testing.assert_array_equal(np.asarray(again.shift), [whole.next_shift])
+    token = np.array([7], np.int32)
+    (want, _), (got, _) = rj.decode(model, token, buffer), rj.decode(model, token, again)
+    np.testing.assert_array_equal(got, want)
+
+
 def test_bad_lines_with_pictures_are_named(writer, tmp_path):
     row = {"messages": [{"role": "user", "content": [{"type": "image", "image": "nowhere.png"}]}]}
     (tmp_path / "in.jsonl").write_text(json.dumps(row))
