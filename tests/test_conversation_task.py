@@ -90,8 +90,9 @@ def test_a_conversation_is_read_in_order_on_one_buffer_and_only_questions_are_sc
 
     answers = []
 
-    def answering(*args, **kwargs):
-        out = generate(*args, **kwargs)
+    def answering(model, asked, *args, **kwargs):
+        read.append(asked)
+        out = generate(model, asked, *args, **kwargs)
         answers.append(out.tokens)
         return out
 
