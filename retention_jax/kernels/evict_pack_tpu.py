@@ -251,17 +251,16 @@ def pack_rows(
 ) -> Shaped[Array, "B S *H"]:
     """The pool after packing, zeros where nothing lies: rows of H numbers, or numbers of four bytes.
 
-    It is written over the pool itself. A pool whose slots, or windows whose rows, are no multiple of 128 are copied
-    first.
+    It is written over the pool itself. A pool whose slots are no multiple of 128 is copied first.
     """
     (B, S), of_scalars, dtype = pool.shape[:2], pool.ndim == 2, pool.dtype
-    if S % LANES or window.shape[1] % LANES:
-        # What is copied anyway is copied as integers: what rounds nothing may still turn one nan into another.
-        pool, window = (lax.bitcast_convert_type(a, jnp.dtype(f"int{8 * dtype.itemsize}")) for a in (pool, window))
+    bits = lambda a, dtype: lax.bitcast_convert_type(a, jnp.dtype(dtype))
+    integer = f"int{8 * dtype.itemsize}"  # for what is copied: what rounds nothing may still turn one nan into another
 
     def blocked(a: Array, route: Route) -> Array:
         blocks, tiles = route.target.shape[1:3]
-        a = jnp.pad(a, [(0, 0), (0, blocks * tiles * LANES - a.shape[1]), *[(0, 0)] * (a.ndim - 2)])
+        if more := blocks * tiles * LANES - a.shape[1]:
+            a = bits(jnp.pad(bits(a, integer), [(0, 0), (0, more), *[(0, 0)] * (a.ndim - 2)]), dtype)
         return a.reshape(B, blocks, tiles, LANES) if of_scalars else a
 
     sources = blocked(pool, order.pool), blocked(window, order.window)
@@ -306,4 +305,5 @@ def pack_rows(
         ),
         name="evict_pack",
     )(*(a.reshape(-1) for a in runs), *starts, *sources, *routes)
-    return lax.bitcast_convert_type(out.reshape(B, -1, *pool.shape[2:])[:, :S], dtype)
+    out = out.reshape(B, -1, *pool.shape[2:])
+    return out if out.shape == pool.shape else bits(bits(out, integer)[:, :S], dtype)
