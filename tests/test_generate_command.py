@@ -232,6 +232,7 @@ def test_a_conversation_reads_only_what_is_new(writer, stops):
     # The budget keeps everything, so a turn on top of the buffer is a turn after reading all tokens once more.
     question = [{"role": "user", "content": "two plus two?"}]
     first = conversation.prompt_tokens(writer, question)
+    assert isinstance(first, list)
     reply = greedy(writer, first)
     if stops:  # make the fourth token one that ends a reply
         writer = writer._replace(tokenizer=writer.tokenizer._replace(stop_tokens=(reply[3],)))
