@@ -284,6 +284,7 @@ def test_figure_of_any_choice_of_cells(tmp_path):
     assert plots.message(choices["many"]).endswith("dilution 0.30 against 0.30, accuracy 75 % against 75 %")
 
 
+@pytest.mark.slow  # compiles a measurement on a mesh; `test_sharding.py` shows that a mesh keeps the same entries
 def test_a_mesh_measures_as_one_device(model):
     """Two rows of devices, which three sequences do not fill; slots of the pool are cut in two."""
     mesh = sharding.make_mesh(data=2, context=2)

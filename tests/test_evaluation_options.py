@@ -70,6 +70,7 @@ def keep_the_oldest(options, x):
     return -x.pos.astype(np.float32), x.stat
 
 
+@pytest.mark.slow  # goes through every command; the policies of the table do so one by one
 def test_a_policy_is_added_by_a_function_and_a_row(model, monkeypatch, tmp_path):
     """It then runs through evaluation, dilution, traces and the report, by its name and as local."""
     monkeypatch.setitem(POLICIES, "oldest", Policy("oldest", keep_the_oldest, "all", options=("horizon",)))

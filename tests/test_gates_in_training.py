@@ -122,6 +122,7 @@ def test_the_gates_that_a_run_started_from_belong_to_it(config, whole):
     train.train(config, workdir)
 
 
+@pytest.mark.slow  # two whole runs with evaluations
 def test_scores_while_training_leave_the_run_as_it_is(config, whole, tmp_path, monkeypatch, capsys):
     """Stopped in the midst of an evaluation, and started again."""
     config, evaluated, units = dataclasses.replace(config, eval_every=2), [], []

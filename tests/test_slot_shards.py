@@ -265,6 +265,7 @@ def test_the_check_finds_keys_that_travel(folder):
     assert (2, 1, 4, 6) in [s.shape for s in found]
 
 
+@pytest.mark.slow  # compiles prefill on several meshes
 def test_long_chunks_are_read_by_token(folder):
     """Where weights are less than the sums of hidden states they save, they are what is sent; nothing else changes."""
     mesh, tokens, cfg = sharding.make_mesh(context=2, tensor=4), tokens_of(5, 4, 32), CacheConfig(budget=8, recent=3)

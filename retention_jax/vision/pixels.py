@@ -48,7 +48,9 @@ def open_picture(source: Source) -> UInt8[np.ndarray, "height width 3"]:
         return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
     if isinstance(source, Image.Image):
         return _colours(source)
-    shown = str(source)[:80]
+    shown = str(source)
+    if shown.startswith("data:"):
+        shown = shown[:80]  # the rest is the picture
     try:
         with Image.open(_bytes_of(os.fspath(source))) as picture:
             return _colours(picture)
