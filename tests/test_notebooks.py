@@ -5,13 +5,16 @@ import itertools
 import json
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
 import helpers
 import pytest
+import text_helpers
 from absl import flags
 
+import retention_jax as rj
 from retention_jax import evaluate
 from retention_jax.config import TrainConfig
 from retention_jax.dilution import __main__ as dilution
@@ -21,9 +24,10 @@ pytestmark = pytest.mark.slow  # each notebook trains or generates from top to b
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = ["dilution", "quickstart", "what_is_kept", "your_checkpoint"]
+NAMES = ["a_real_model", "dilution", "quickstart", "what_is_kept", "your_checkpoint"]
 # What a reader could change as well, so that a run takes seconds: fields of a notebook and their values.
 SMALL = {
+    "a_real_model": {"MODEL": '"model"', "GATES": '"gates"', "BOOK": '"book.txt"', "TOKENS": "96", "BUDGET": "8"},
     "dilution": {"LENGTHS": "(96,)"},
     "quickstart": {"STEPS": "2", "BUDGETS": "(16,)", "LENGTH": "96"},
     "what_is_kept": {},
@@ -79,18 +83,36 @@ def test_first_code_installs_what_is_missing(monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_exist(name):
-    defined = {"retention_jax.report": report, "retention_jax.evaluate": evaluate, "retention_jax.dilution": dilution}
+    defined = {
+        "retention_jax.report": report.define_flags,
+        "retention_jax.evaluate": evaluate.define_flags,
+        "retention_jax.dilution": dilution.define_flags,
+        # An import would put the module in place of the function `rj.generate`.
+        "retention_jax.generate": runpy.run_module("retention_jax.generate")["define_flags"],
+    }
     for module, rest in re.findall(r"`python -m ([\w.]+)([^`]*)`", "\n".join(cells(name, "markdown"))):
         known = flags.FlagValues()
-        defined[module].define_flags(known)
+        defined[module](known)
         for flag, field in re.findall(r"--(\w+)(?:\.(\w+))?", rest):
             assert flag in known and (not field or field in TrainConfig.__dataclass_fields__)
         assert all((ROOT / config).is_file() for config in re.findall(r"--config=(\S+)", rest))
 
 
+def _save_small_model(folder):
+    """A model of random weights, its gates and a book, in place of those that a reader has from the hub."""
+    model = helpers.tiny_model(vocab_size=320)
+    (folder / "model").mkdir()
+    rj.save_backbone(model, folder / "model")
+    rj.save_gates(model, folder / "gates")
+    text_helpers.save_tokenizer(folder / "model")
+    (folder / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+
+
 @pytest.mark.one_version
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_from_top_to_bottom(name, tmp_path):
+    if name == "a_real_model":
+        _save_small_model(tmp_path)
     script = tmp_path / "notebook.py"
     script.write_text(with_fields("\n\n".join(cells(name, "code")), **SMALL[name]), encoding="utf-8")
     env = helpers.environment(MPLBACKEND="Agg")
