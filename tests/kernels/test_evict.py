@@ -100,7 +100,11 @@ def test_no_part_is_written_over_what_is_still_to_be_read(module, in_order, monk
     if not in_order:
         from_the_end = lambda first, size: jnp.arange(first.shape[1], dtype=jnp.int32)[None, ::-1]
         monkeypatch.setattr(module, "order_of_parts", from_the_end)
-    got, _ = pack(module, x, keep, pool, new)
+    try:
+        got, _ = pack(module, x, keep, pool, new)
+    except jax.errors.JaxRuntimeError as error:  # the interpreter of later JAX does not go on after a race
+        assert not in_order and "RACE DETECTED" in str(error)
+        return
     assert (got.tobytes() == packed(x, keep, pool, new)[0].tobytes()) == in_order
     if module is evict_pack_tpu:
         assert ("RACE" in capsys.readouterr().out) == (not in_order)
