@@ -137,7 +137,11 @@ async def _page(file: str, request: Request) -> Response:
 
 
 async def _answer(
-    service: Service, layout: Layout, kind: type[Any], plan_of: Callable[[Service, Any], asking.Plan], request: Request
+    service: Service,
+    layout: Layout,
+    kind: type[Any],
+    plan_of: Callable[[Service, Any, float], asking.Plan],
+    request: Request,
 ) -> Response:
     arrived = time.monotonic()
     _check_key(service, request)
@@ -147,7 +151,7 @@ async def _answer(
     def planned() -> asking.Plan:
         asked = protocol.parse(body, kind)
         _check_model(service, asked.model)
-        return plan_of(service, asked)
+        return plan_of(service, asked, arrived)
 
     plan = await asyncio.to_thread(planned)
     answer, calls = Answer(service, plan, layout, arrived), _submit(service, plan)

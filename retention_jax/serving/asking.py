@@ -1,7 +1,6 @@
 """From a request as it was asked to requests of the engine: prompts as tokens, limits, how tokens are drawn."""
 
 import secrets
-import time
 from typing import NamedTuple
 
 from retention_jax.generation import conversation
@@ -27,12 +26,18 @@ class Plan(NamedTuple):
         return self.prompts[index // self.asked.n]
 
 
-def plan_chat(service: Service, asked: ChatRequest) -> Plan:
+def plan_chat(service: Service, asked: ChatRequest, arrived: float) -> Plan:
     """Renders and encodes a conversation; blocks as long as the template takes.
+
+    Args:
+      service: the model and its limits.
+      asked: the request.
+      arrived: when it came, in seconds of `time.monotonic`; its time runs from then on.
 
     Raises:
       ApiError: 400 and 413.
     """
+    _check_count(service, asked, 1)
     kwargs = {**service.writer.template_kwargs, **asked.chat_template_kwargs}
     writer = service.writer._replace(template_kwargs=kwargs)
     try:
@@ -45,15 +50,16 @@ def plan_chat(service: Service, asked: ChatRequest) -> Plan:
         raise bad_request(str(error), "messages") from error
     limit = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
     top = -1 if not asked.logprobs else asked.top_logprobs or 0
-    return _plan(service, asked, [Prompt(text, tuple(tokens))], limit, top, echo=False)
+    return _plan(service, asked, [Prompt(text, tuple(tokens))], limit, top, arrived, echo=False)
 
 
-def plan_completion(service: Service, asked: CompletionRequest) -> Plan:
-    """Encodes texts; blocks meanwhile.
+def plan_completion(service: Service, asked: CompletionRequest, arrived: float) -> Plan:
+    """Encodes texts; blocks meanwhile. Arguments are as in `plan_chat`.
 
     Raises:
       ApiError: 400 and 413.
     """
+    _check_count(service, asked, len(asked.prompt))
     tokenizer = service.writer.tokenizer
     prompts, vocabulary = [], service.writer.model.config.vocab_size
     for given in asked.prompt:
@@ -69,7 +75,7 @@ def plan_completion(service: Service, asked: CompletionRequest) -> Plan:
             known = [t for t in given if t < tokenizer.vocab_size]
             prompts.append(Prompt(tokenizer.decode(known) if asked.echo else "", tuple(given)))
     top = -1 if asked.logprobs is None else asked.logprobs
-    return _plan(service, asked, prompts, asked.max_tokens, top, echo=asked.echo)
+    return _plan(service, asked, prompts, asked.max_tokens, top, arrived, echo=asked.echo)
 
 
 def _plan(
@@ -78,19 +84,16 @@ def _plan(
     prompts: list[Prompt],
     limit: int | None,
     top_logprobs: int,
+    arrived: float,
     echo: bool,
 ) -> Plan:
     writer = service.writer
     field = "messages" if isinstance(asked, ChatRequest) else "prompt"
-    count = len(prompts) * asked.n
-    if count > service.most_sequences:
-        raise bad_request(f"{count} sequences in one request, at most {service.most_sequences}", "n")
     if any(not prompt.tokens for prompt in prompts):
         raise bad_request(f"{field}: the prompt is empty", field)
     given = {name: getattr(asked, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     drawing = conversation.drawing_settings(writer.tokenizer.generation, given)
     seed = secrets.randbits(31) if asked.seed is None else asked.seed
-    deadline = time.monotonic() + service.time_limit
     requests = [
         Request(
             prompt=prompt.tokens,
@@ -101,7 +104,7 @@ def _plan(
             stop_tokens=writer.tokenizer.stop_tokens,
             top_logprobs=top_logprobs,
             prompt_logprobs=echo and top_logprobs >= 0,
-            deadline=deadline,
+            deadline=arrived + service.time_limit,
             reuse=asked.retention.reuse,
             show_kept=asked.retention.show_kept,
         )
@@ -109,6 +112,13 @@ def _plan(
         for sample in range(asked.n)
     ]
     return Plan(asked, prompts, requests)
+
+
+def _check_count(service: Service, asked: ChatRequest | CompletionRequest, prompts: int) -> None:
+    """Before any work is done for so many prompts."""
+    if (count := prompts * asked.n) > service.most_sequences:
+        field = "prompt" if prompts > service.most_sequences else "n"
+        raise bad_request(f"{count} sequences in one request, at most {service.most_sequences}", field)
 
 
 def _room(writer: conversation.Writer, prompt: Prompt, limit: int | None, field: str) -> int:

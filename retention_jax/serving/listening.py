@@ -7,6 +7,7 @@ once.
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -17,10 +18,12 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from retention_jax.serving import app
+from retention_jax.serving.connections import Connection
 from retention_jax.serving.service import Service
 
 _LOOKS = 1.0  # seconds between two looks at the engine
 _LAST_BYTES = 5.0  # seconds for answers that are finished to reach their clients
+_MOST_IDLE = 256  # connections beside those whose requests run or wait
 
 
 class _Server(uvicorn.Server):
@@ -51,6 +54,22 @@ def url(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def config(service: Service) -> uvicorn.Config:
+    """How HTTP is spoken: no more connections than can be of use, and none for ever."""
+    most = service.most_sequences + _MOST_IDLE
+    return uvicorn.Config(
+        app.make(service),
+        http=functools.partial(Connection, most=most),  # pyright: ignore[reportArgumentType]
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=int(_LAST_BYTES),
+    )
+
+
 def run(service: Service, sock: socket.socket, drain_seconds: float, say: Callable[[str], object]) -> int:
     """Serves until a signal, parks everything, and returns the exit status: 0, or 1 when the engine has failed.
 
@@ -78,18 +97,7 @@ async def _run(service: Service, sock: socket.socket, drain_seconds: float, say:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    config = uvicorn.Config(
-        app.make(service),
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=int(_LAST_BYTES),
-    )
-    server = _Server(config)
+    server = _Server(config(service))
     serving = asyncio.ensure_future(server.serve(sockets=[sock]))
     began = time.monotonic()
     threading.Thread(target=_start, args=(service, loop, warm), name="warm-up", daemon=True).start()

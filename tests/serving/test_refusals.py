@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 from asking_helpers import CHAT, COMPLETIONS, HI, answer, ask, refusal, wait_until
@@ -113,6 +114,23 @@ def test_bodies_that_are_no_request(serve, body):
     client, _ = serve()
     got = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
     assert refusal(got, 400)["code"] in ("invalid_json", "invalid_value")
+
+
+def test_too_many_prompts_are_refused_before_they_are_read(serve, tokenizer, monkeypatch):
+    client, engine = serve()
+    monkeypatch.setattr(type(tokenizer), "encode", lambda *_, **__: 1 / 0)
+    error = refusal(ask(client, COMPLETIONS, prompt=["the fox"] * 9), 400)
+    assert error["param"] == "prompt" and "9 sequences in one request, at most 8" in error["message"]
+    assert refusal(ask(client, COMPLETIONS, prompt=["the fox"] * 5, n=2), 400)["param"] == "n" and not engine.requests
+
+
+def test_a_requests_time_runs_while_it_is_read(serve, tokenizer, monkeypatch):
+    client, engine = serve(time_limit=5.0)
+    encode = type(tokenizer).encode
+    monkeypatch.setattr(type(tokenizer), "encode", lambda *a, **k: time.sleep(0.3) or encode(*a, **k))
+    began = time.monotonic()
+    answer(client, COMPLETIONS)
+    assert began + 5.0 <= engine.requests[0].deadline < began + 5.3
 
 
 def test_only_json_is_taken(serve):
