@@ -26,7 +26,7 @@ from retention_jax.config import MeshConfig
 from retention_jax.evaluation.rows import in_bytes
 from retention_jax.generation import cache_flags, conversation
 from retention_jax.generation.conversation import Writer
-from retention_jax.models import weights
+from retention_jax.models import huggingface, weights
 from retention_jax.parallel import sharding
 from retention_jax.runtime import command, hub
 from retention_jax.serving import keys, listening, token_text
@@ -37,6 +37,9 @@ from retention_jax.serving.service import Service
 from retention_jax.serving.sessions import Sessions
 from retention_jax.serving.transcripts import Transcripts
 from retention_jax.text import tokenizer
+from retention_jax.vision import processor
+from retention_jax.vision.pixels import Limits
+from retention_jax.vision.processor import Processor
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -56,6 +59,7 @@ def define_flags(values: flags.FlagValues) -> None:
     real("time_limit", 600.0, "Seconds until a request is given up, waiting included.")
     real("drain_seconds", 30.0, "How long requests may go on after SIGTERM.")
     number("max_new_tokens", 512, "Of each reply that does not say its own.")
+    number("picture_tokens", 1024, "Most that a picture is read as; larger ones are made smaller. 0 takes no pictures.")
 
     text("host", "127.0.0.1", "Address to listen on; only this machine reaches the default.")
     number("port", 8000, "Port to listen on; 0 for any that is free.")
@@ -96,10 +100,18 @@ def make_service(values: flags.FlagValues) -> Service:
         system=values.system,
         template_kwargs=kwargs,
         control_tokens=values.control_tokens,
+        processor=_processor(folder, values),
     )
     conversation.check(writer)
     _tell_memory(writer, values.rows)
-    engine = Engine(writer.model, cache, rows=values.rows, queue=values.queue, sessions=_sessions(values, writer))
+    engine = Engine(
+        writer.model,
+        cache,
+        rows=values.rows,
+        queue=values.queue,
+        sessions=_sessions(values, writer),
+        picture=0 if writer.processor is None else values.picture_tokens,
+    )
     return Service(
         engine=engine,
         writer=writer,
@@ -115,6 +127,19 @@ def make_service(values: flags.FlagValues) -> Service:
     )
 
 
+def _processor(folder: pathlib.Path, values: flags.FlagValues) -> Processor | None:
+    """How pictures are prepared, where the model reads them and the server takes them."""
+    vision = huggingface.read_model_config(folder, values.dtype).vision
+    if vision is None or not values.picture_tokens:
+        return None
+    found = processor.read(folder, vision)
+    most = min(found.pictures.most, values.picture_tokens * vision.factor**2)
+    if most < found.pictures.least:
+        least = -(-found.pictures.least // vision.factor**2)
+        raise ValueError(f"--picture_tokens must be at least {least} or 0, got {values.picture_tokens}")
+    return found._replace(pictures=Limits(found.pictures.least, most))
+
+
 def _mesh(text: str) -> Mesh | None:
     if not text:
         return None
@@ -126,6 +151,7 @@ def _mesh(text: str) -> Mesh | None:
 
 def _check(values: flags.FlagValues) -> None:
     least = {"rows": 1, "queue": 1, "time_limit": 0.001, "drain_seconds": 0, "session_memory": 0, "session_disk": 0}
+    least["picture_tokens"] = 0
     problems = [f"--{n} must be at least {v}, got {values[n].value}" for n, v in least.items() if values[n].value < v]
     if (values.session_dir is None) != (values.session_disk == 0):
         problems.append("--session_dir and --session_disk go together")

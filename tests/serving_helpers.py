@@ -7,8 +7,8 @@ from typing import Any
 from helpers import tokens_of
 
 import retention_jax as rj
-from retention_jax.serving.engine import Engine, EngineStats
-from retention_jax.serving.requests import Piece, Request
+from retention_jax.serving.engine import Engine
+from retention_jax.serving.requests import EngineStats, Piece, Request
 
 CACHE = rj.CacheConfig(budget=4, recent=6, prefill_chunk=8)
 HEADS = 4

@@ -174,15 +174,14 @@ def prompt_text(
     *,
     system: str | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
-) -> str:
+) -> tuple[str, list[Patches]]:
     """What the chat template makes of the messages before a reply; arguments and errors as in `prompt_tokens`.
 
-    Raises ValueError too where the messages have pictures.
+    Returns:
+      The text, with a placeholder for each feature of a picture, and the pictures.
     """
     text, media = _rendered(writer, prompt, system, tools)
-    if media:
-        raise ValueError("the messages have pictures, which are more than text")
-    return text
+    return pictures.expanded(writer.tokenizer, writer.model.config.vision, text, media), media
 
 
 def _rendered(

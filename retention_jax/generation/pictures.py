@@ -168,7 +168,13 @@ def encoded(
     Raises:
       ValueError: as `prompt.expand` and `prompt.assemble` do.
     """
-    if vision is not None and media:
-        text = prompt.expand(text, media, vision, prompt.names(tok.backend.id_to_token, vision))
+    text = expanded(tok, vision, text, media)
     tokens = tok.encode(text, bos=False) if begin is None else [*begin, *tok.encode_more(text)]
     return prompt.assemble(tokens, media, vision) if vision is not None else text_prompt(tokens, 0)
+
+
+def expanded(tok: Tokenizer, vision: VisionConfig | None, text: str, media: Sequence[prompt.Patches]) -> str:
+    """A rendered template with a placeholder for each feature of its media; arguments and errors as in `encoded`."""
+    if vision is None or not media:
+        return text
+    return prompt.expand(text, media, vision, prompt.names(tok.backend.id_to_token, vision))

@@ -4,15 +4,19 @@ import secrets
 from typing import NamedTuple
 
 from retention_jax.generation import conversation
+from retention_jax.serving import shown, uploads
 from retention_jax.serving.errors import ApiError, bad_request
 from retention_jax.serving.protocol import ChatRequest, CompletionRequest
 from retention_jax.serving.requests import Request
 from retention_jax.serving.service import Service
+from retention_jax.serving.shown import Shown
+from retention_jax.vision.prompt import assemble
 
 
 class Prompt(NamedTuple):
     text: str
     tokens: tuple[int, ...]
+    shown: Shown | None = None  # with pictures
 
 
 class Plan(NamedTuple):
@@ -40,17 +44,22 @@ def plan_chat(service: Service, asked: ChatRequest, arrived: float) -> Plan:
     _check_count(service, asked, 1)
     kwargs = {**service.writer.template_kwargs, **asked.chat_template_kwargs}
     writer = service.writer._replace(template_kwargs=kwargs)
+    vision, seen = writer.model.config.vision, None
+    messages = uploads.opened([m.plain() for m in asked.messages], can_see=writer.processor is not None)
     try:
-        text = conversation.prompt_text(writer, [m.plain() for m in asked.messages])
+        text, media = conversation.prompt_text(writer, messages)
         if asked.retention.reuse:
             tokens = service.transcripts.tokens(text)
         else:
             tokens = writer.tokenizer.encode(text, bos=False)
+        if vision is not None:
+            whole = assemble(tokens, media, vision)  # which refuses placeholders that are no picture's
+            seen = shown.of(whole, vision) if media else None
     except ValueError as error:
         raise bad_request(str(error), "messages") from error
     limit = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
     top = -1 if not asked.logprobs else asked.top_logprobs or 0
-    return _plan(service, asked, [Prompt(text, tuple(tokens))], limit, top, arrived, echo=False)
+    return _plan(service, asked, [Prompt(text, tuple(tokens), seen)], limit, top, arrived, echo=False)
 
 
 def plan_completion(service: Service, asked: CompletionRequest, arrived: float) -> Plan:
@@ -74,6 +83,10 @@ def plan_completion(service: Service, asked: CompletionRequest, arrived: float) 
                 raise bad_request(f"prompt: token {bad[0]} is outside [0, {vocabulary})", "prompt")
             known = [t for t in given if t < tokenizer.vocab_size]
             prompts.append(Prompt(tokenizer.decode(known) if asked.echo else "", tuple(given)))
+    if (vision := service.writer.model.config.vision) is not None:
+        marks = {vision.image_token, vision.video_token}
+        if any(not marks.isdisjoint(prompt.tokens) for prompt in prompts):
+            raise bad_request("prompt: a placeholder that stands for a picture cannot be text", "prompt")
     top = -1 if asked.logprobs is None else asked.logprobs
     return _plan(service, asked, prompts, asked.max_tokens, top, arrived, echo=asked.echo)
 
@@ -97,6 +110,7 @@ def _plan(
     requests = [
         Request(
             prompt=prompt.tokens,
+            shown=prompt.shown,
             max_new_tokens=_room(writer, prompt, limit, field),
             **drawing,
             seed=seed,

@@ -22,11 +22,12 @@ from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig
 from retention_jax.models.decoder import Decoder
 from retention_jax.parallel import sharding
-from retention_jax.serving import requests
+from retention_jax.serving import requests, shown
 from retention_jax.serving.programs import Made
-from retention_jax.serving.requests import Finish, Piece, Request, Ticket, Usage
+from retention_jax.serving.requests import EngineStats, Finish, Piece, Request, Ticket, Usage
 from retention_jax.serving.rows import Rows
-from retention_jax.serving.sessions import Held, Sessions, SessionStats
+from retention_jax.serving.sessions import Held, Sessions
+from retention_jax.serving.shown import View
 
 _RATE_SECONDS = 10.0
 _LOOK_AGAIN = 0.05  # seconds; deadlines pass while a file is read
@@ -44,21 +45,6 @@ class Draining(RuntimeError):
     """The engine takes no requests: it has not started, is coming to its end, or has failed."""
 
 
-class EngineStats(NamedTuple):
-    """What is going on, and totals of all requests that have ended."""
-
-    rows: int
-    rows_in_use: int  # the one whose prompt is read counts
-    queued: int
-    requests: int
-    prompt_tokens: int  # with those that snapshots held
-    cached_tokens: int
-    new_tokens: int
-    evicted_entries: int
-    tokens_per_second: float  # new ones, over the last 10 seconds
-    snapshots: SessionStats | None
-
-
 class _Finding(NamedTuple):
     """A request whose snapshot, if there is one, is looked for."""
 
@@ -74,6 +60,12 @@ class _Reading(NamedTuple):
     at: int  # tokens read
     buffer: Buffer
     keep_at: set[int]  # after how many tokens a snapshot is kept
+    view: View | None  # its pictures
+
+    @property
+    def looks(self) -> bool:
+        """Whether a picture comes next."""
+        return self.view is not None and not self.view.is_whole
 
 
 class Engine:
@@ -88,6 +80,7 @@ class Engine:
         queue: int,
         sessions: Sessions | None,
         run: int = 8,
+        picture: int = 0,
     ) -> None:
         """Makes the buffer.
 
@@ -98,6 +91,7 @@ class Engine:
           queue: requests that may wait beside them.
           sessions: snapshots of the same model and configuration; None: there are none. They end with the engine.
           run: tokens a row of one run.
+          picture: the most features of a picture; 0: requests have none.
 
         Raises:
           ValueError: where a number is too small, or chunks, model or policy cannot be served (all listed).
@@ -114,10 +108,10 @@ class Engine:
             problems.append(f"an engine runs on one process, got {jax.process_count()}")
         if problems:
             raise ValueError("engine: " + "; ".join(problems))
-        self._model, self._queue_limit, self._sessions = model, queue, sessions
+        self._model, self._queue_limit, self._sessions, self._picture = model, queue, sessions, picture
         self._heads = model.config.num_layers * model.config.num_kv_heads
         with sharding.enter_mesh_of(model):
-            self._rows = Rows(model, cache, rows, run)
+            self._rows = Rows(model, cache, rows, run, picture)
         self.row_bytes = self._rows.nbytes  # of a row, whatever its context
         self._tickets: list[Ticket | None] = [None] * rows
         self._reading: _Reading | None = None
@@ -163,7 +157,10 @@ class Engine:
           QueueFull: when too many wait.
           Draining: when none are taken any more.
         """
-        if problems := requests.problems(request, self._model.config):
+        problems = requests.problems(request, self._model.config)
+        if request.shown is not None:
+            problems += shown.problems(request.shown, self._model.config, self._picture)
+        if problems:
             raise ValueError("; ".join(problems))
         ticket = Ticket(request, on_piece)
         with self._lock:
@@ -242,12 +239,13 @@ class Engine:
             if self._state == "draining" and time.monotonic() > self._drained_by:
                 return False
         self._end_what_is_over()
-        share = self._rows.chunk  # a whole chunk, or up to four short prompts
+        share = self._rows.chunk  # a whole chunk, a picture, or up to four short prompts
         while share > 0:
             self._admit()
             if self._reading is None:
                 break
-            share -= max(len(self._reading.ticket.request.prompt) - self._reading.at, -(-self._rows.chunk // 4))
+            left = len(self._reading.ticket.request.prompt) - self._reading.at
+            share -= share if self._reading.looks else max(left, -(-self._rows.chunk // 4))
             self._reading = self._read_on(self._reading)
         if not self._rows.idle:
             made = self._rows.decode()
@@ -298,19 +296,22 @@ class Engine:
         ticket, held = self._finding.ticket, self._finding.held.result()
         self._finding = None
         one, keep_at = self._rows.fresh() if held is None else self._rows.on_device(held.buffer), set()
+        request, base = ticket.request, 0
         if held is not None:
             ticket.cached = held.length
             ticket.evicted_before = self._heads * held.length - int(held.buffer.live[0])
-        if self._sessions is not None and ticket.request.reuse:
-            keep_at = self._sessions.worth_keeping(ticket.request.prompt, ticket.cached, self._rows.chunk)
-        self._reading = _Reading(ticket, self._tickets.index(None), ticket.cached, one, keep_at)
+            base = 0 if held.buffer.shift is None else int(held.buffer.shift[0])
+        if self._sessions is not None and request.reuse:
+            keep_at = self._sessions.worth_keeping(request.key, ticket.cached, self._rows.chunk)
+        view = None if request.shown is None else shown.begin(request.shown, ticket.cached, base)
+        self._reading = _Reading(ticket, self._tickets.index(None), ticket.cached, one, keep_at, view)
 
     def _find(self, request: Request) -> "Future[Held | None]":
         if self._sessions is None or not request.reuse or request.prompt_logprobs:
             nothing: Future[Held | None] = Future()
             nothing.set_result(None)
             return nothing
-        found = self._sessions.find(request.prompt)
+        found = self._sessions.find(request.key)
         found.add_done_callback(self._wake)
         return found
 
@@ -319,14 +320,19 @@ class Engine:
             self._lock.notify()
 
     def _read_on(self, reading: _Reading) -> _Reading | None:
-        """Reads a chunk. Once the prompt is whole it goes into its row, with its first token, and None is returned."""
-        ticket, request = reading.ticket, reading.ticket.request
-        part = self._rows.read(reading.buffer, request.prompt, reading.at, wanted=request.prompt_logprobs)
+        """Looks at a picture, or reads a chunk.
+
+        Once the prompt is whole it goes into its row, with its first token, and None is returned.
+        """
+        ticket, request, view = reading.ticket, reading.ticket.request, reading.view
+        if view is not None and reading.looks:
+            return reading._replace(view=self._rows.look(view))
+        part = self._rows.read(reading.buffer, request.prompt, reading.at, wanted=request.prompt_logprobs, view=view)
         if request.prompt_logprobs:
             known = part.count - (part.at == len(request.prompt))  # of the last token's next one nothing is asked
             ticket.prompt += requests.listed(jax.device_get(part.log_probs), known, request.top_logprobs)
         if self._sessions is not None and part.at in reading.keep_at:
-            self._sessions.keep_prompt(request.prompt, part.at, self._rows.on_host(part.buffer))
+            self._sessions.keep_prompt(request.key, part.at, self._rows.on_host(part.buffer))
         if part.at < len(request.prompt):
             return reading._replace(at=part.at, buffer=part.buffer)
         made = self._rows.begin(part, request)
@@ -362,7 +368,7 @@ class Engine:
         if finish != "error" and (keep or request.show_kept):
             one = take()
             if self._sessions is not None and keep:
-                self._sessions.keep_answer([*request.prompt, *ticket.new[:-1]], one)
+                self._sessions.keep_answer([*request.key, *ticket.new[:-1]], one)
             piece = piece._replace(kept=requests.kept_of(one) if request.show_kept else None)
         self._end(ticket, finish, piece)
         return True

@@ -21,7 +21,7 @@ from retention_jax.generation.runs import DecodeState, Limits
 from retention_jax.generation.sampling import LogProbs, Sampling
 from retention_jax.models import decoder
 from retention_jax.models.decoder import Decoder
-from retention_jax.models.inputs import Inputs
+from retention_jax.models.inputs import Inputs, Visual
 from retention_jax.runtime.arrays import AnyArray
 
 MOST_STOPS = 16  # stop tokens of a row
@@ -104,6 +104,7 @@ def read(
     length: Int[AnyArray, " 1"],
     buffer: Buffer,
     wanted: Bool[AnyArray, ""],
+    visual: Visual | None,
 ) -> Read:
     """Reads the next part of a prompt.
 
@@ -115,10 +116,11 @@ def read(
       length: of the whole prompt, as in `decoder.extend`.
       buffer: what was read before. It is donated.
       wanted: whether the log-probabilities of `following` are.
+      visual: what stands beside the part where the prompt has pictures.
     """
     valid = jnp.arange(tokens.shape[1])[None] < count
     read, buffer = decoding.read_chunk(
-        model, Inputs(jnp.asarray(tokens), valid), buffer, prompt=True, length=jnp.asarray(length)
+        model, Inputs(jnp.asarray(tokens), valid, visual), buffer, prompt=True, length=jnp.asarray(length)
     )
 
     def told(hidden: Float[Array, "width D"], token: Int[Array, " width"]) -> LogProbs:

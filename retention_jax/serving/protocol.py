@@ -5,6 +5,7 @@ let. Beside OpenAI's there are `top_k`, `min_p` and `chat_template_kwargs`, unde
 `retention`, which is ours.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -61,22 +62,36 @@ def _problem(message: str) -> PydanticCustomError:
     return PydanticCustomError("value", message)  # pyright: ignore[reportArgumentType]
 
 
-def _text_of(content: Any) -> str:
-    """A message's content as one text: itself, or its text parts, a line each."""
+def _content_of(content: Any) -> str | list[dict[str, Any]]:
+    """A message's content as one text: itself, or its text parts, a line each. With pictures it stays a list."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise _problem("must be a text or a list of parts")
-    texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            named = f"{kind} parts are" if isinstance(kind, str) else "a part without a type is"
-            raise _problem(f"this model reads text only; {named} not supported")
-        if not isinstance(part.get("text"), str) or not set(part) <= {"type", "text"}:
+        if kind == "image_url":
+            _check_picture(part)
+        elif kind != "text":
+            named = f"{kind:.60} parts are" if isinstance(kind, str) else "a part without a type is"
+            raise _problem(f"{named} not supported")
+        elif not isinstance(part.get("text"), str) or not set(part) <= {"type", "text"}:
             raise _problem("a text part must have type and text, and nothing else")
-        texts.append(part["text"])
-    return "\n".join(texts)
+    if any(part["type"] == "image_url" for part in content):
+        return content
+    return "\n".join(part["text"] for part in content)
+
+
+def _check_picture(part: dict[str, Any]) -> None:
+    """Of a part with a picture; `detail` asks for a size, which is the server's to choose."""
+    inner = part.get("image_url")
+    inner = inner if isinstance(inner, dict) and set(part) == {"type", "image_url"} else {}
+    if not isinstance(url := inner.get("url"), str) or not set(inner) <= {"url", "detail"}:
+        raise _problem("an image_url part must have type and image_url, an object with a url and perhaps detail")
+    if inner.get("detail") not in (None, "auto", "low", "high"):
+        raise _problem("the detail of a picture must be auto, low or high")
+    if not re.match(r"data:image/[\w.+-]+;base64,", url):
+        raise _problem("pictures are not fetched: the url must be a data URL, data:image/png;base64,...")
 
 
 def _stops_of(value: Any) -> list[str]:
@@ -121,7 +136,7 @@ class StreamOptions(Model):
 
 class Message(Model):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text_of)] = ""
+    content: Annotated[str | list[dict[str, Any]], BeforeValidator(_content_of)] = ""
     name: str | None = None
     reasoning_content: str | None = None
 

@@ -1,4 +1,4 @@
-"""What a server's engine is asked, and what it answers, piece by piece."""
+"""What a server's engine is asked, what it answers, piece by piece, and what it tells of itself."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -10,6 +10,8 @@ from retention_jax.config import ModelConfig
 from retention_jax.generation import sampling
 from retention_jax.generation.sampling import LogProbs
 from retention_jax.serving.programs import MOST_STOPS, NO_TOKEN, Settings
+from retention_jax.serving.sessions import SessionStats
+from retention_jax.serving.shown import Shown
 
 MOST_LOGPROBS = sampling.MOST_LIKELIEST
 Finish = Literal["", "stop", "length", "cancelled", "deadline", "error"]
@@ -33,6 +35,12 @@ class Request(NamedTuple):
     deadline: float | None = None  # in seconds of `time.monotonic`
     reuse: bool = True  # whether snapshots are taken up and left behind
     show_kept: bool = False  # whether the last piece tells what is kept of each token
+    shown: Shown | None = None  # the prompt with its pictures, if it has any
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What snapshots know the prompt by, a number a token."""
+        return self.prompt if self.shown is None else self.shown.key
 
 
 class Usage(NamedTuple):
@@ -76,6 +84,21 @@ class Ticket:
         self.cached = 0  # tokens of the prompt that a snapshot held
         self.evicted_before = 0  # entries that the snapshot had lost
         self.prompt: list[TokenLogProbs] = []
+
+
+class EngineStats(NamedTuple):
+    """What is going on, and totals of all requests that have ended."""
+
+    rows: int
+    rows_in_use: int  # the one whose prompt is read counts
+    queued: int
+    requests: int
+    prompt_tokens: int  # with those that snapshots held
+    cached_tokens: int
+    new_tokens: int
+    evicted_entries: int
+    tokens_per_second: float  # new ones, over the last 10 seconds
+    snapshots: SessionStats | None
 
 
 def problems(request: Request, model: ModelConfig) -> list[str]:

@@ -11,10 +11,11 @@ from retention_jax.cache.buffer import Buffer
 from retention_jax.config import CacheConfig, ModelConfig
 from retention_jax.generation.sampling import LogProbs
 from retention_jax.models.decoder import Decoder
-from retention_jax.models.inputs import padded
-from retention_jax.serving import programs, requests
+from retention_jax.models.inputs import Visual, padded
+from retention_jax.serving import programs, requests, shown
 from retention_jax.serving.programs import Made
 from retention_jax.serving.requests import Request
+from retention_jax.serving.shown import View
 
 
 class Part(NamedTuple):
@@ -36,10 +37,12 @@ def row_nbytes(model: ModelConfig, cache: CacheConfig) -> int:
 class Rows:
     """Rows of one buffer; a prompt is read in a buffer of batch 1, and then put in."""
 
-    def __init__(self, model: Decoder, cache: CacheConfig, rows: int, run: int) -> None:
+    def __init__(self, model: Decoder, cache: CacheConfig, rows: int, run: int, picture: int) -> None:
         assert cache.prefill_chunk is not None
         self._model, self._cache, self._run = model, cache, run
         self.chunk, self._widths = cache.prefill_chunk, programs.widths(cache.prefill_chunk)
+        vision = model.config.vision
+        self._patches = shown.widths(vision, picture) if vision is not None and picture else []
         self.nbytes = row_nbytes(model.config, cache)
         self._one = shapes(model.config, cache, 1)
         self._buffer = empty(model.config, cache, rows)
@@ -50,8 +53,10 @@ class Rows:
         request = Request((0,), max_new_tokens=2)
         one = self.on_device(self.on_host(self.fresh()))
         for width in self._widths:
-            part = self.read(one, [0] * width, 0, wanted=False)
-            one = part.buffer
+            for visual in [None, shown.nothing(self._model.config, width)] if self._patches else [None]:
+                one = self._read(one, [0] * width, 0, width, False, visual).buffer
+        part = self.read(one, [0], 0, wanted=False)
+        one = part.buffer
         self.put(0, one, request, self.begin(part, request))
         self.decode()
         self.take(0)
@@ -69,14 +74,27 @@ class Rows:
         """A snapshot of a buffer of batch 1, which may go on and be donated."""
         return snapshot.to_host(take_row(one, 0))
 
-    def read(self, one: Buffer, prompt: Sequence[int], at: int, *, wanted: bool) -> Part:
+    def look(self, view: View) -> View:
+        """Looks at the next picture of a prompt."""
+        assert self._model.vision is not None  # `shown.problems` has seen to it
+        return shown.look(self._model.vision, view, self._patches)
+
+    def read(self, one: Buffer, prompt: Sequence[int], at: int, *, wanted: bool, view: View | None = None) -> Part:
         """Reads the next chunk of a prompt, or what is left of it. `one` is donated.
 
         Whole chunks are counted from where reading began, and what is left is read by the narrowest program it fits.
         So a prompt's numbers depend on nothing but the prompt and where reading began.
         """
-        part = prompt[at : at + self.chunk]
-        width = next(width for width in self._widths if width >= len(part))
+        count = min(len(prompt) - at, self.chunk)
+        width = next(width for width in self._widths if width >= count)
+        visual = None if view is None else shown.visual(self._model.config, view, at, count, width)
+        return self._read(one, prompt, at, width, wanted, visual)
+
+    def _read(
+        self, one: Buffer, prompt: Sequence[int], at: int, width: int, wanted: bool, visual: Visual | None
+    ) -> Part:
+        """Reads what comes next, up to `width` tokens, by the program of this width."""
+        part = prompt[at : at + width]
         following = prompt[at + 1 : at + 1 + len(part)]
         found = programs.read(
             self._model,
@@ -86,6 +104,7 @@ class Rows:
             np.array([len(prompt)], np.int32),
             one,
             np.bool_(wanted),
+            visual,
         )
         return Part(at + len(part), found.hidden, found.buffer, found.log_probs, len(part))
 

@@ -1,8 +1,9 @@
 """What was read before need not be read again: snapshots of rows, by the exact tokens that they have read.
 
 A snapshot is a row of the buffer in NumPy arrays, and never changes: any number of requests may continue one. Its key
-is the tokens it has read, under a fingerprint of model, gates and cache configuration. A request takes up the longest
-one whose tokens are a whole prefix of its prompt. Never a part of one: what was evicted cannot come back.
+is the tokens it has read (`Request.key`: a picture's say its pixels), under a fingerprint of model, gates and cache
+configuration. A request takes up the longest one whose tokens are a whole prefix of its prompt. Never a part of one:
+what was evicted cannot come back.
 
 Two kinds are kept. One is made while a prompt is read, at the end of a whole chunk. Whoever takes it up goes on with
 whole chunks, and so reads the rest exactly as if it had read everything. (Longrope turns long prompts otherwise than
@@ -285,7 +286,7 @@ class Sessions:
 
 def _digests(kind: bytes, tokens: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
     """Of the first tokens, for ascending numbers of them."""
-    data, so_far, done, found = np.asarray(tokens, np.int32), hashlib.sha256(kind + b":"), 0, []
+    data, so_far, done, found = np.asarray(tokens, np.int64), hashlib.sha256(kind + b":"), 0, []
     for length in lengths:
         so_far.update(data[done:length].tobytes())
         done = length

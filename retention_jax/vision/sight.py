@@ -43,9 +43,12 @@ class Spans(NamedTuple):
     windows: int
 
 
-def of_prompts(prompts: Sequence[Prompt], vision: VisionConfig) -> tuple[Sight, Spans]:
-    """What the tower reads of prompts, at least one of which has a picture; shapes are of few sizes."""
-    count = bucket(max(len(prompt.pixels) for prompt in prompts))
+def of_prompts(prompts: Sequence[Prompt], vision: VisionConfig, width: int | None = None) -> tuple[Sight, Spans]:
+    """What the tower reads of prompts, at least one of which has a picture.
+
+    Rows are padded to `width` patches, a multiple of BLOCK; by default to one of few sizes.
+    """
+    count = bucket(max(len(prompt.pixels) for prompt in prompts)) if width is None else width
     rows = [_row(prompt, vision, count) for prompt in prompts]
     pixels, place, corners, weights, frames, windows = (np.stack(parts) for parts in zip(*rows, strict=True))
     of_frames, frame_span = _segments(frames)

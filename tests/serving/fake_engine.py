@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from retention_jax.serving import token_text
-from retention_jax.serving.engine import Draining, Engine, EngineStats, QueueFull
+from retention_jax.serving.engine import Draining, Engine, QueueFull
 from retention_jax.serving.metrics import Metrics
-from retention_jax.serving.requests import Kept, Piece, Request, Usage
+from retention_jax.serving.requests import EngineStats, Kept, Piece, Request, Usage
 from retention_jax.serving.service import Service
 from retention_jax.serving.transcripts import Transcripts
 

@@ -35,6 +35,7 @@ CONTENTS = st.one_of(
     TEXTS,
     VALUES,
     st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "image_url", ""]), "text": TEXTS}), max_size=3),
+    st.lists(st.fixed_dictionaries({"type": st.just("image_url"), "image_url": VALUES}), max_size=2),
 )
 ROLES = st.sampled_from(["system", "user", "assistant", "developer", "tool", ""])
 MESSAGES = st.lists(

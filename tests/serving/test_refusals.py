@@ -17,6 +17,11 @@ pytestmark = pytest.mark.one_version
 
 CONTEXT = 512
 
+
+def shown(url, **detail):
+    return {"type": "image_url", "image_url": {"url": url, **detail}}
+
+
 BAD = [
     ({"messages": ...}, "messages", "is needed"),
     ({"model": ...}, "model", "is needed"),
@@ -24,10 +29,13 @@ BAD = [
     ({"messages": [{"role": "wizard", "content": "a"}]}, "messages.0.role", "'system'"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "a text or a list of parts"),
     (
-        {"messages": [*HI, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
+        {"messages": [*HI, {"role": "user", "content": [shown("data:image/png;base64,")]}]},
         "messages.1.content",
         "reads text only; image_url parts are not supported",
     ),
+    ({"messages": [{"role": "user", "content": [shown("http://a/b.png")]}]}, "messages.0.content", "are not fetched"),
+    ({"messages": [{"role": "user", "content": [shown("file:///etc/hosts")]}]}, "messages.0.content", "not fetched"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content", "image parts are not"),
     ({"messages": [{"role": "user", "content": "a", "colour": 1}]}, "messages.0.colour", "is not a field"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "messages.0.tool_calls", "not supported"),
     ({"tools": [{"type": "function"}]}, "tools", "is not supported"),

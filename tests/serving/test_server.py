@@ -14,6 +14,7 @@ from typing import Any
 
 import openai
 import pytest
+import seeing
 from absl import flags
 from helpers import environment, tiny_model
 from text_helpers import save_tokenizer
@@ -229,11 +230,44 @@ def test_it_drains_and_parks_and_goes_on_where_it_was(folder, tmp_path):
         (["--port=99999"], "--port must be from 0 to 65535, got 99999"),
         (["--rows=1000000000"], "--rows=1000000000 need "),
         (["--max_new_tokens=0"], "max_new_tokens must be at least 1, got 0"),
+        (["--picture_tokens=-1"], "--picture_tokens must be at least 0, got -1"),
         (["--budget=0"], "budget must be at least 1"),
         (["--mesh=data:8"], "--mesh: prompts are read one by one, so data and fsdp must be 1, got 8"),
     ),
 )
 def test_bad_flags_are_told_in_one_line(folder, arguments, told, capsys):
+    assert told in refused(folder, capsys, *arguments)
+
+
+@pytest.fixture(scope="module")
+def seeing_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seeing")
+    model = seeing.save(folder)
+    rj.save_backbone(model, folder)
+    rj.save_gates(model, folder / "gates")
+    return folder
+
+
+def test_fewer_tokens_than_the_smallest_picture_has(seeing_folder, capsys):
+    told = refused(seeing_folder, capsys, "--picture_tokens=3")
+    assert "--picture_tokens must be at least 4 or 0, got 3" in told
+
+
+@pytest.mark.slow  # starts the command twice
+def test_pictures_are_read_as_no_more_tokens_than_allowed(seeing_folder):
+    def read(*arguments):
+        server = Server(seeing_folder, *arguments)
+        messages = seeing.asking(seeing.picture(1, 128, 128), "what is two?")
+        got = server.client.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
+        assert server.end() == 0
+        return got.usage.prompt_tokens
+
+    # 128 x 128 pixels have 16 features; of at most 8, the largest square has 4.
+    assert read() - read("--picture_tokens=8") == 12
+
+
+def refused(folder, capsys, *arguments) -> str:
+    """What the command says before it ends."""
     serve = importlib.import_module("retention_jax.serve")
     values = flags.FlagValues()
     values["verbosity"] = flags.FLAGS["verbosity"]
@@ -243,4 +277,5 @@ def test_bad_flags_are_told_in_one_line(folder, arguments, told, capsys):
         values(["serve", *given, *arguments])
         serve.main(["serve"], values)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == command.USER_ERROR and line.startswith("error: ") and told in line
+    assert ended.value.code == command.USER_ERROR and line.startswith("error: ")
+    return line
