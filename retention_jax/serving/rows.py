@@ -52,11 +52,12 @@ class Rows:
         """Runs every program once, on nothing, and leaves the rows empty. Raises what compiling raises."""
         request = Request((0,), max_new_tokens=2)
         one = self.on_device(self.on_host(self.fresh()))
+        if self._model.vision is not None:
+            shown.warm_up(self._model.vision, self._patches)
         for width in self._widths:
             for visual in [None, shown.nothing(self._model.config, width)] if self._patches else [None]:
-                one = self._read(one, [0] * width, 0, width, False, visual).buffer
-        part = self.read(one, [0], 0, wanted=False)
-        one = part.buffer
+                part = self._read(one, [0] * width, 0, width, False, visual)
+                one = part.buffer
         self.put(0, one, request, self.begin(part, request))
         self.decode()
         self.take(0)

@@ -20,7 +20,7 @@ from retention_jax.models.inputs import Visual
 from retention_jax.models.vision import Vision
 from retention_jax.vision import prompt as prompts
 from retention_jax.vision import sight
-from retention_jax.vision.prompt import Prompt
+from retention_jax.vision.prompt import Grid, Prompt
 from retention_jax.vision.sight import Spans
 
 
@@ -95,12 +95,25 @@ def look(tower: Vision, view: View, widths: list[int]) -> View:
     prompt, number = view.shown.prompt, len(view.seen)
     sizes = [math.prod(grid) for grid in prompt.grids]
     first, count = sum(sizes[:number]), sizes[number]
-    alone = prompt._replace(pixels=prompt.pixels[first : first + count], grids=prompt.grids[number : number + 1])
     width = next(width for width in widths if width >= count)
+    seen = _see(tower, prompt.pixels[first : first + count], prompt.grids[number], width)
+    return view._replace(seen=(*view.seen, seen))
+
+
+def warm_up(tower: Vision, widths: list[int]) -> None:
+    """Runs the program of every width once."""
+    vision = tower.config
+    for width in widths:
+        grid = 1, vision.merge, width // vision.merge
+        _see(tower, np.zeros((width, vision.patch_size), np.float32), grid, width)
+
+
+def _see(tower: Vision, pixels: Float[np.ndarray, "P size"], grid: Grid, width: int) -> Seen:
+    alone = prompts.text_prompt((), tower.config.patch_size)._replace(pixels=pixels, grids=(grid,))
     patches, _ = sight.of_prompts([alone], tower.config, width)
     features, deepstack = jax.device_get(towers.see(tower, patches, Spans(width, width)))
-    real = prompts.features_of(prompt.grids[number], tower.config)
-    return view._replace(seen=(*view.seen, Seen(features[0, :real], deepstack[:, 0, :real])))
+    real = prompts.features_of(grid, tower.config)
+    return Seen(features[0, :real], deepstack[:, 0, :real])
 
 
 def nothing(model: ModelConfig, width: int) -> Visual:

@@ -21,7 +21,8 @@ import retention_jax as rj
 from retention_jax.config import CacheConfig
 from retention_jax.generation import conversation
 from retention_jax.generation.conversation import Writer
-from retention_jax.serving import app, shown, uploads
+from retention_jax.models import vision as towers
+from retention_jax.serving import app, programs, shown, uploads
 from retention_jax.serving.engine import Engine
 from retention_jax.serving.sessions import Sessions
 from retention_jax.text import tokenizer
@@ -65,18 +66,7 @@ def client(writer):
 
 def alone(writer, messages, **how):
     """What `rj.generate` writes, by the tokens and pixels that the package makes of the same messages."""
-    pieces = [
-        {
-            **m,
-            "content": [
-                p if p["type"] == "text" else {"type": "image", "image": p["image_url"]["url"]} for p in m["content"]
-            ],
-        }
-        if isinstance(m["content"], list)
-        else m
-        for m in messages
-    ]
-    prompt = conversation.prompt_tokens(writer, pieces)
+    prompt = conversation.prompt_tokens(writer, messages)
     stops = writer.tokenizer.stop_tokens
     out = rj.generate(writer.model, [prompt], writer.cache, max_new_tokens=NEW, stop_tokens=stops, **how)
     return writer.tokenizer.decode(out.tokens[0])
@@ -106,6 +96,15 @@ def test_each_is_answered_as_by_generate_alone_and_in_company(writer, client):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda m: said(answer(client, messages=m, **fresh)), ASKED[::-1] * 3))
     assert together == want[::-1] * 3
+
+
+def test_nothing_is_compiled_for_a_request(client):
+    """Pictures of every width of the tower, and prompts of every width of a chunk, were seen to before the first."""
+    sizes = lambda: [f._cache_size() for f in (towers.see, programs.read)]  # pyright: ignore  # a jitted function
+    before = sizes()
+    for messages in ASKED:
+        answer(client, messages=messages, max_tokens=NEW)
+    assert sizes() == before
 
 
 def test_samples_are_drawn_as_by_generate(writer, client):
@@ -142,14 +141,13 @@ def test_the_next_turn_goes_on_at_its_positions(writer, client, picture_of_next_
     got = answer(client, messages=turns, max_tokens=NEW)
     assert cached(got) > 16
 
-    opened = lambda c: [p if p["type"] == "text" else {"type": "image", "image": p["image_url"]["url"]} for p in c]
-    start, tokens = conversation.turn_tokens(writer, conversation.Conversation(), opened(first[0]["content"]))
+    start, tokens = conversation.turn_tokens(writer, conversation.Conversation(), first[0]["content"])
     reply = conversation.reply(writer._replace(drawing=dict(temperature=0.0)), tokens, lambda _: None, seed=0)
     assert writer.tokenizer.decode(reply.tokens) == said_first
     held = conversation.Conversation(
         [*start, {"role": "assistant", "content": said_first}], reply.tokens[-1], reply.buffer
     )
-    _, more = conversation.turn_tokens(writer, held, opened(content))
+    _, more = conversation.turn_tokens(writer, held, content)
     want = rj.generate(
         writer.model,
         [more],
