@@ -88,7 +88,7 @@ def make_service(values: flags.FlagValues) -> Service:
     known = None if values.api_keys is None else keys.read(pathlib.Path(values.api_keys).expanduser())
     mesh = _mesh(values.mesh)
     folder = hub.resolve(values.model)
-    tok = tokenizer.load(folder)  # before the weights: what is wrong with it shows at once
+    tok, seeing = tokenizer.load(folder), _processor(folder, values)  # before the weights: what is wrong shows at once
     writer = Writer(
         model=weights.load(folder, values.gates, values.dtype, mesh=mesh),
         tokenizer=tok,
@@ -100,7 +100,7 @@ def make_service(values: flags.FlagValues) -> Service:
         system=values.system,
         template_kwargs=kwargs,
         control_tokens=values.control_tokens,
-        processor=_processor(folder, values),
+        processor=seeing,
     )
     conversation.check(writer)
     _tell_memory(writer, values.rows)
@@ -110,7 +110,7 @@ def make_service(values: flags.FlagValues) -> Service:
         rows=values.rows,
         queue=values.queue,
         sessions=_sessions(values, writer),
-        picture=0 if writer.processor is None else values.picture_tokens,
+        picture=0 if seeing is None else values.picture_tokens,
     )
     return Service(
         engine=engine,

@@ -18,7 +18,8 @@ from retention_jax.parallel import sharding
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 sys.path.insert(0, str(LAUNCH))
-import chips  # noqa: E402  # pyright: ignore[reportMissingImports]  # found by the line above
+# Found by the line above, which neither linter nor type checker sees.
+import chips  # noqa: E402  # pyright: ignore[reportMissingImports]
 import hlo  # noqa: E402  # pyright: ignore[reportMissingImports]
 import suggestions  # noqa: E402  # pyright: ignore[reportMissingImports]
 import tpu_report  # noqa: E402  # pyright: ignore[reportMissingImports]

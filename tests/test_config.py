@@ -237,7 +237,7 @@ def test_python_callers_are_told_the_nearest_choice(unchecked, config, name, val
 
 @pytest.mark.parametrize(
     "make, message",
-    (
+    (  # of types that a checker refuses: what a caller without one would give
         (lambda: CacheConfig(budget="64"), "budget must be a whole number, got '64'"),  # type: ignore[arg-type]
         (lambda: CacheConfig(budget=64.5), "budget must be a whole number, got 64.5"),  # type: ignore[arg-type]
         (lambda: CacheConfig(4, local="no"), "local must be True or False, got 'no'"),  # type: ignore[arg-type]

@@ -106,7 +106,7 @@ def evaluated(model: Decoder, config: EvalConfig, data: DataConfig, length: int,
         asked = np.clip(rows_and_more - recall.FIRST_KEY, 0, recall.NUM_KEYS - 1)
         with sharding.enter_mesh_of(model):
             measured = measure(model, rows_and_more, recall.facts_at(rows_and_more), asked, cache)
-        found = jax.tree.map(lambda a: sharding.on_host(a)[:n], measured)  # noqa: B023
+        found = jax.tree.map(lambda a, n=n: sharding.on_host(a)[:n], measured)
         queries = np.pad(labels[:, 1:], ((0, 0), (0, 1)))  # the key, after which the answer is predicted
         on_asked, on_any, useful, seen = (a[queries].astype(np.float64) for a in found[:4])
         accuracy.append(sequences.accuracy(found.best[:, :-1], rows, labels))

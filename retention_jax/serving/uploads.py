@@ -1,13 +1,11 @@
 """Pictures that clients send, as data URLs: what is opened, and how large it may be, before anything is decoded."""
 
-import base64
-import binascii
-import io
 from typing import Any
 
 from PIL import Image
 
 from retention_jax.serving.errors import bad_request
+from retention_jax.vision import pixels
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # no others: some of Pillow's readers start programs
 MOST_PICTURES = 8  # of one request
@@ -53,14 +51,11 @@ def _picture(url: str) -> Image.Image:
       ValueError: when it is not one of FORMATS in base64, is larger than MOST_PIXELS, or is damaged.
     """
     try:
-        content = base64.b64decode(url.partition(",")[2], validate=True)
-        picture = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header alone
+        picture = Image.open(pixels.of_data_url(url), formats=FORMATS)  # reads the header alone
         if picture.width * picture.height > MOST_PIXELS:
             size = f"{picture.width} x {picture.height}"
             raise ValueError(f"a picture may have at most {MOST_PIXELS:,} pixels, got {size}")
         picture.load()
-    except binascii.Error as error:
-        raise ValueError(f"a data URL is not valid base64: {error}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"a picture may have at most {MOST_PIXELS:,} pixels") from None
     except (OSError, SyntaxError, EOFError) as error:

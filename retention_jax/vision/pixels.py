@@ -58,16 +58,21 @@ def open_picture(source: Source) -> UInt8[np.ndarray, "height width 3"]:
         raise ValueError(f"{shown}: cannot be read as a picture: {error}") from None
 
 
+def of_data_url(url: str) -> io.BytesIO:
+    """The file in a data URL; raises ValueError when it is not valid base64."""
+    head, _, body = url.partition(",")
+    if not head.endswith(";base64"):
+        raise ValueError("a data URL must be in base64")
+    try:
+        return io.BytesIO(base64.b64decode(body, validate=True))
+    except binascii.Error as error:
+        raise ValueError(f"a data URL is not valid base64: {error}") from None
+
+
 def _bytes_of(source: str | bytes) -> str | io.BytesIO:
     source = os.fsdecode(source)
     if source.startswith("data:"):
-        head, _, body = source.partition(",")
-        if not head.endswith(";base64"):
-            raise ValueError("a data URL must be in base64")
-        try:
-            return io.BytesIO(base64.b64decode(body, validate=True))
-        except binascii.Error as error:
-            raise ValueError(f"a data URL is not valid base64: {error}") from None
+        return of_data_url(source)
     if source.startswith(("http://", "https://")):
         raise ValueError("pictures are not downloaded; give a file or a data URL")
     return os.path.expanduser(source.removeprefix("file://"))
